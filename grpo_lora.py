@@ -1,0 +1,1644 @@
+"""GRPO with LoRA, whole: the objective, the rollout, the trainer and a demo, on plain transformers models.
+
+    python grpo_lora.py                                            the demo: two CPU cores, no network, some two minutes
+    python grpo_lora.py --model M --data FILE.jsonl --rewards accuracy,format     your own model and data
+    torch functions to copy: group_advantages, completion_mask, kl_penalty, grpo_loss, generate, completion_logps
+
+GRPO (Shao et al. 2024, DeepSeekMath) samples G completions of each prompt, scores them, and pushes each one up or down by
+how it compares with its own group: no value network. GRPOTrainer.update is the algorithm, in full; the rest serves it.
+With LoRA (lora.py) the reference policy is the same model with the adapter off: no second model either.
+
+Left out, and refused rather than ignored: vLLM and other servers, tools and multi-turn, images, entropy bonus,
+off-policy masking, router losses, learned reward models. (TRL and verl have them.)
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, LlamaConfig, get_scheduler
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lora import LoRAConfig, LoRALinear, TrainedCopy, apply_lora, load_lora, lora_disabled, lora_merged, lora_snapshot
+from lora import param_groups, save_lora
+from rewards import accuracy_reward, completion_text, load_reward, sum_completion, sum_problems
+
+# ------------------------------------------------------------------------------------------- the family, as a table
+
+AGGREGATION = {  # loss_type -> how per-token losses become one number; see grpo_loss
+    "grpo": "sequence",
+    "sapo": "sequence",
+    "dapo": "token",
+    "bnpo": "token",
+    "cispo": "token",
+    "vespo": "token",
+    "dr_grpo": "constant",
+    "luspo": "row_sum",
+}
+
+
+class Variant(NamedTuple):
+    """A paper's method as values of the settings, and where it says so. Use: GRPOConfig(**VARIANTS["dapo"].settings)."""
+
+    settings: dict[str, Any]
+    source: str
+
+
+VARIANTS = {
+    "grpo": Variant(
+        {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}, "Shao et al. 2024, DeepSeekMath, eq. 3"
+    ),
+    "dr_grpo": Variant({"loss_type": "dr_grpo", "scale_rewards": "none"}, "Liu et al. 2025, R1-Zero, section 3.2"),
+    "dapo": Variant({"loss_type": "dapo", "epsilon_high": 0.28}, "Yu et al. 2025, DAPO, eq. 8 and section 4.1"),
+    "gspo": Variant(
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+        "Zheng et al. 2025, GSPO, eq. 5 and section 5.1",
+    ),
+    "cispo": Variant({"loss_type": "cispo", "epsilon_high": 5.0}, "MiniMax 2025, M1, eq. 4; the cap is ScaleRL's (2025)"),
+    "sapo": Variant({"loss_type": "sapo"}, "Gao et al. 2025, Soft Adaptive Policy Optimization, eq. 6"),
+    "luspo": Variant(
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 2e-3, "epsilon_high": 2.5e-3},
+        "Liu et al. 2026, Length-Unbiased Sequence Policy Optimization; epsilons as in TRL's paper index",
+    ),
+    "vespo": Variant({"loss_type": "vespo"}, "Shen et al. 2026, VESPO"),
+    "gdpo": Variant({"multi_objective_aggregation": "normalize_then_sum"}, "Liu et al. 2026, GDPO"),
+    "lite_ppo": Variant({"loss_type": "dapo", "scale_rewards": "batch"}, "Liu et al. 2025, Tricks or Traps, section 5"),
+    "top_entropy": Variant({"top_entropy_quantile": 0.2}, "Wang et al. 2025, Beyond the 80/20 Rule, eq. 4"),
+}
+
+
+def _setting(default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
+    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
+
+
+@dataclass
+class GRPOConfig:
+    """Settings of a run. Names and meanings are TRL's, but for prompts_per_step and kl_estimator, which are ours.
+
+    ValueError, in one line, for a value that cannot work.
+    """
+
+    output_dir: str | None = _setting(None, "Folder for the run's files. None: no files (command line: a new one in runs/).")
+    resume: bool = _setting(False, "Go on from the newest intact checkpoint in output_dir.")
+    seed: int = _setting(0, "Seed of everything random: data order, adapter, sampling.")
+    max_steps: int = _setting(100, "Optimiser updates.")
+    # the batch
+    prompts_per_step: int = _setting(8, "Prompts in one optimiser batch.")
+    num_generations: int = _setting(8, "Completions of each prompt: the group, G.")
+    per_device_train_batch_size: int = _setting(8, "Rows per micro-batch, in whole groups. Changes memory, not gradients.")
+    max_completion_length: int = _setting(256, "Longest completion, in tokens.")
+    temperature: float = _setting(1.0, "Of sampling and of scoring: the policy is softmax(logits / temperature).")
+    system_prompt: str | None = _setting(None, "Put before every prompt; a text prompt then becomes a chat message.")
+    # the objective
+    loss_type: str = _setting("dapo", "Surrogate and aggregation; see grpo_loss.", tuple(AGGREGATION))
+    importance_sampling_level: str = _setting("token", "One ratio a token, or one a row.", ("token", "sequence"))
+    epsilon: float = _setting(0.2, "The ratio is clipped below at 1 - epsilon.")
+    epsilon_high: float | None = _setting(None, "And above at 1 + epsilon_high (None: epsilon); cispo: the absolute cap.")
+    delta: float | None = _setting(None, "Upper bound of the unclipped ratio (two-sided clipping, INTELLECT-2).")
+    sapo_temperature_pos: float = _setting(1.0, "sapo's tau where the advantage is positive.")
+    sapo_temperature_neg: float = _setting(1.05, "sapo's tau elsewhere.")
+    scale_rewards: str = _setting("group", "What advantages are divided by: a std, or nothing.", ("group", "batch", "none"))
+    reward_weights: list[float] | None = _setting(None, "A weight for each reward function. None: all 1.")
+    multi_objective_aggregation: str = _setting(
+        "sum_then_normalize", "Order of the two with several rewards.", ("sum_then_normalize", "normalize_then_sum")
+    )
+    beta: float = _setting(0.0, "Weight of the KL penalty towards the reference policy.")
+    kl_estimator: str = _setting("k3", "See kl_penalty.", ("k1", "k2", "k3"))
+    use_bias_correction_kl: bool = _setting(True, "Multiply the KL term by the importance ratio.")
+    num_iterations: int = _setting(1, "Optimiser updates made with each batch of completions.")
+    mask_truncated_completions: bool = _setting(False, "Leave completions without an EOS out of the loss.")
+    top_entropy_quantile: float = _setting(1.0, "Share of tokens, the most uncertain, that the policy term trains on.")
+    # the optimiser: AdamW
+    learning_rate: float = _setting(1e-4, "Peak learning rate of the adapter.")
+    lora_plus_ratio: float = _setting(1.0, "LoRA+: B's learning rate over A's.")
+    modules_to_save_learning_rate: float | None = _setting(None, "For parameters trained in full. None: learning_rate.")
+    lr_scheduler_type: str = _setting("constant_with_warmup", "Any schedule of transformers.get_scheduler.")
+    warmup_steps: int = _setting(0, "Updates over which the learning rate rises to its peak.")
+    weight_decay: float = _setting(0.0, "AdamW's.")
+    max_grad_norm: float = _setting(1.0, "Gradients are scaled down to this norm.")
+    gradient_checkpointing: bool = _setting(False, "Recompute activations in backward: less memory, more time.")
+    # the record
+    eval_steps: int | None = _setting(None, "Evaluate every so many updates, besides before and after.")
+    save_steps: int = _setting(50, "Checkpoint every so many updates, and at the end. 0: never.")
+    save_total_limit: int | None = _setting(2, "Checkpoints to keep. None: all.")
+    num_completions_to_log: int = _setting(8, "Rows of each batch that go into completions.jsonl.")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, allowed = getattr(self, f.name), f.metadata.get("choices")
+            if allowed and value not in allowed:
+                near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
+                raise ValueError(f"{f.name}: {value!r} is not known, did you mean {near!r}? (all: {', '.join(allowed)})")
+        at_least = {"max_steps": 0, "prompts_per_step": 1, "num_generations": 2, "per_device_train_batch_size": 1}
+        at_least |= {"max_completion_length": 1, "epsilon": 0, "beta": 0, "num_iterations": 1, "learning_rate": 0}
+        at_least |= {"warmup_steps": 0, "weight_decay": 0, "save_steps": 0, "num_completions_to_log": 0, "lora_plus_ratio": 0}
+        for name, low in at_least.items():
+            if not getattr(self, name) >= low or getattr(self, name) == math.inf:
+                why = " (an advantage compares completions of one prompt)" if name == "num_generations" else ""
+                raise ValueError(f"{name} = {getattr(self, name)}: must be finite and at least {low}{why}")
+        above_zero = ["temperature", "max_grad_norm", "sapo_temperature_pos", "sapo_temperature_neg", "top_entropy_quantile"]
+        above_zero += [name for name in ("epsilon_high", "delta", "eval_steps", "save_total_limit") if getattr(self, name) is not None]
+        for name in above_zero:
+            if not 0 < getattr(self, name) < math.inf:
+                why = " (greedy sampling gives a group of equal completions)" if name == "temperature" else ""
+                raise ValueError(f"{name} = {getattr(self, name)}: must be finite and above 0{why}")
+        if self.epsilon > 1 and self.loss_type not in ("cispo", "sapo", "vespo"):
+            raise ValueError(f"epsilon = {self.epsilon}: 1 - epsilon bounds a ratio, so at most 1")
+        if self.top_entropy_quantile > 1:
+            raise ValueError(f"top_entropy_quantile = {self.top_entropy_quantile}: a share of the tokens, at most 1")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("epsilon_high: cispo needs its cap on the ratio, which is absolute (5.0 in its paper)")
+        if self.delta is not None and self.loss_type in ("cispo", "sapo", "vespo"):
+            raise ValueError(f"delta: has no meaning with loss_type {self.loss_type!r}, which does not clip")
+        if self.max_steps % self.num_iterations:
+            raise ValueError(f"max_steps = {self.max_steps}: must be a multiple of num_iterations = {self.num_iterations}")
+        try:
+            transformers.SchedulerType(self.lr_scheduler_type)
+        except ValueError as error:
+            raise ValueError(f"lr_scheduler_type: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------- the objective
+
+
+def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
+    """How much better each completion is than its group.    A = (R - mean_g) / (std + eps)
+
+    rewards: (P, G), NaN where there is none. Returns (P, G). scale: "group" (GRPO, std of each group), "batch" (std of
+    all rewards) or "none" (R - mean_g, Dr. GRPO). Every std has ddof 1. A row without reward leaves the statistics and
+    gets 0; a group whose rewards are all equal, or that has only one, gets exactly 0. ValueError for another scale.
+    Where a whole group has rewards, std(A) = s/(s + eps), s its std. (Shao et al. 2024, section 4.1.2)
+    """
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale = {scale!r}: must be 'group', 'batch' or 'none'")
+    valid = ~rewards.isnan()
+    centred = rewards - rewards.nanmean(dim=1, keepdim=True)
+    if scale == "group":
+        centred = centred / (_nanstd(rewards, dim=1) + eps)
+    elif scale == "batch":
+        centred = centred / (_nanstd(rewards.flatten(), dim=0) + eps)
+    low = rewards.masked_fill(~valid, math.inf).amin(dim=1, keepdim=True)
+    high = rewards.masked_fill(~valid, -math.inf).amax(dim=1, keepdim=True)
+    return torch.where(valid & (low < high), centred, 0.0)  # a mean of equal numbers may differ from them by rounding
+
+
+def _nanstd(x: Tensor, dim: int) -> Tensor:
+    """Standard deviation of what is not NaN, ddof 1, keeping the dimension; NaN for fewer than two values."""
+    n = (~x.isnan()).sum(dim=dim, keepdim=True)
+    squares = (x - x.nanmean(dim=dim, keepdim=True)) ** 2
+    return (squares.nansum(dim=dim, keepdim=True) / (n - 1)).sqrt()
+
+
+def combine_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """R = Σ_k w_k r_k over the functions that gave one; NaN where none did.    rewards: (P, G, K), weights: (K,) -> (P, G)
+
+    The weights are not renormalised where one is missing.
+    """
+    return torch.where(rewards.isnan().all(dim=-1), math.nan, (rewards * weights).nansum(dim=-1))
+
+
+def multi_objective_advantages(
+    rewards: Tensor, weights: Tensor, *, aggregation: str = "sum_then_normalize", scale: str = "group", eps: float = 1e-4
+) -> Tensor:
+    """Advantages from several reward functions.    rewards: (P, G, K), weights: (K,) -> (P, G)
+
+    sum_then_normalize: group_advantages(Σ_k w_k r_k). normalize_then_sum (GDPO, Liu et al. 2026): each function's rewards
+    are normalised within the group, summed by weight, then centred and scaled over the batch.
+    """
+    if aggregation == "sum_then_normalize":
+        return group_advantages(combine_rewards(rewards, weights), scale=scale, eps=eps)
+    each = torch.stack([group_advantages(r, eps=eps) for r in rewards.unbind(-1)], dim=-1)
+    total = combine_rewards(torch.where(rewards.isnan(), math.nan, each), weights)
+    return group_advantages(total.view(1, -1), eps=eps).view_as(total)
+
+
+def completion_mask(completion_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """True up to and including the first EOS.    (B, T) token ids -> (B, T) bool
+
+    Never made from padding: where pad and EOS are one token, that would mask the EOS the policy chose, and it would
+    not learn to stop. `eos_token_ids`: all of them (a model may have several), or [] for none.
+    """
+    is_eos = torch.isin(completion_ids, torch.tensor(list(eos_token_ids), dtype=torch.long, device=completion_ids.device))
+    return (is_eos.cumsum(dim=1) - is_eos.long()) == 0  # no EOS before this token
+
+
+def kl_penalty(logps: Tensor, ref_logps: Tensor, *, estimator: str = "k3") -> Tensor:
+    """Per-token estimate of KL(π ‖ π_ref) from samples of π.
+
+        d = log π_ref - log π        k1 = -d        k2 = d²/2        k3 = exp(d) - d - 1
+
+    logps, ref_logps: (B, T), nats. Returns (B, T). ValueError for another estimator. k3 (Schulman 2020; GRPO eq. 4)
+    is never negative; what its gradient estimates is another matter: see test_kl_gradients_by_enumeration.
+    """
+    d = ref_logps - logps
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return d.expm1() - d
+    raise ValueError(f"kl_estimator = {estimator!r}: must be 'k1', 'k2' or 'k3'")
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ref_logps: Tensor | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    use_bias_correction_kl: bool = True,
+    loss_type: str = "dapo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    importance_sampling_level: str = "token",
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    policy_mask: Tensor | None = None,
+    max_completion_length: int | None = None,
+    normalizer: float | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The GRPO family: one loss, four switches. The fourth, the scale of the advantages, is in group_advantages.
+
+    1. ratio level    token: ρ_t = exp(logp_t - old_t)        sequence (GSPO): ρ = exp(mean_t(logp_t - old_t)), one a row
+    2. surrogate      clip:  l_t = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε_high) A)                       (PPO; δ where given)
+                      cispo: l_t = -sg(min(ρ, ε_high)) A logp_t
+                      sapo:  l_t = -(4/τ) σ(τ(ρ - 1)) A             τ = τ_pos where A > 0, else τ_neg
+                      vespo: l_t = -sg(φ(w)) A logp_t               φ = w^k e^{λ(1-w)}, w = Π_t ρ_t, bounded
+       then           l_t += β KL_t   (times ρ with use_bias_correction_kl, so that KL_t stays right off-policy)
+    3. aggregation    sequence (grpo, sapo): Σ_rows mean_t(l_t) / rows        token (dapo, bnpo, cispo, vespo): Σ l_t / N
+                      constant (dr_grpo): Σ l_t / (rows · max_completion_length)        row_sum (luspo): Σ l_t / rows
+
+    logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,). mask: (B, T) bool, the tokens
+    up to and including the first EOS; what lies outside it has no influence, whatever it is. policy_mask: (B, T), tokens
+    that the policy term trains on (KL and N ignore it). normalizer: rows or tokens (N) of the whole optimiser batch, so
+    that micro-batch losses sum to the loss of the batch; None: those of this call. Returns the loss, a scalar, and
+    diagnostics, means over the tokens of this call. ValueError for shapes that do not fit and settings that lack a value.
+
+    On the first update ρ = 1, yet the loss has a gradient: d/dθ exp(logp - sg(logp)) = d/dθ logp.
+    """
+    B, T = logps.shape
+    for name, tensor, shape in [
+        ("old_logps", old_logps, (B, T)),
+        ("advantages", advantages, (B,)),
+        ("mask", mask, (B, T)),
+        ("ref_logps", ref_logps, (B, T)),
+        ("policy_mask", policy_mask, (B, T)),
+    ]:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {shape} to fit logps")
+    if loss_type not in AGGREGATION:
+        raise ValueError(f"loss_type = {loss_type!r}: must be one of {', '.join(AGGREGATION)}")
+    if importance_sampling_level not in ("token", "sequence"):
+        raise ValueError(f"importance_sampling_level = {importance_sampling_level!r}: must be 'token' or 'sequence'")
+    if loss_type == "cispo" and epsilon_high is None:
+        raise ValueError("epsilon_high: cispo needs its cap on the ratio, which is absolute (5.0 in its paper)")
+    if loss_type == "dr_grpo" and max_completion_length is None:
+        raise ValueError("max_completion_length: dr_grpo divides by it")
+    if beta and ref_logps is None:
+        raise ValueError("ref_logps: needed for a KL penalty (beta > 0)")
+
+    mask = mask.bool()
+    logps, old_logps = torch.where(mask, logps, 0.0), torch.where(mask, old_logps, 0.0)  # not 0·NaN: nothing gets in
+    m, A = mask.to(logps.dtype), advantages.unsqueeze(1)  # (B, T), (B, 1)
+    lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
+    high = 1 + (epsilon if epsilon_high is None else epsilon_high)
+
+    log_ratio = logps - old_logps
+    if importance_sampling_level == "sequence":
+        ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).exp().expand(B, T)
+    else:
+        ratio = log_ratio.exp()
+
+    if loss_type == "cispo":
+        loss = -ratio.clamp(max=epsilon_high).detach() * A * logps
+    elif loss_type == "sapo":
+        tau = torch.where(A > 0, sapo_temperature_pos, sapo_temperature_neg)
+        loss = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * A
+    elif loss_type == "vespo":
+        log_w = log_ratio.clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)
+        lam, k = torch.where(A >= 0, 3.0, 2.0), torch.where(A >= 0, 2.0, 3.0)
+        phi = (lam + k * log_w - lam * log_w.exp()).exp().detach()
+        loss = -phi * A * logps
+    else:
+        bounded = ratio if delta is None else ratio.clamp(max=delta)
+        loss = -torch.min(bounded * A, ratio.clamp(1 - epsilon, high) * A)  # min for both signs of A: pessimistic
+    if policy_mask is not None:
+        loss = loss * policy_mask
+
+    stats = {}
+    if beta:
+        kl = kl_penalty(logps, torch.where(mask, ref_logps, 0.0), estimator=kl_estimator)  # type: ignore[arg-type]
+        if use_bias_correction_kl:
+            kl = kl * ratio
+        loss = loss + beta * kl
+        stats["kl"] = kl
+    if loss_type == "cispo":
+        stats["cispo_clip_ratio"] = (ratio > epsilon_high) & (A > 0)
+    elif loss_type == "vespo":
+        stats["vespo/phi_seq_mean"] = phi.expand(B, T)
+    elif loss_type != "sapo":
+        stats["clip_ratio/low_mean"] = (ratio < 1 - epsilon) & (A < 0)
+        stats["clip_ratio/high_mean"] = (ratio > high) & (A > 0)
+        stats["clip_ratio/region_mean"] = stats["clip_ratio/low_mean"] | stats["clip_ratio/high_mean"]
+
+    loss, tokens = loss * m, m.sum().clamp(min=1)
+    aggregation = AGGREGATION[loss_type]
+    count = (tokens if aggregation == "token" else B) if normalizer is None else max(normalizer, 1)
+    if aggregation == "sequence":
+        loss = loss / lengths
+    elif aggregation == "constant":
+        loss = loss / max_completion_length
+    return loss.sum() / count, {key: ((x.detach() * m).sum() / tokens).item() for key, x in stats.items()}
+
+
+# --------------------------------------------------------------------------------------- the model, seen as two parts
+
+
+class _Stub(nn.Module):
+    """Stands where the decoder was and returns given hidden states, so that the family's own forward is its head alone."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["decoder"] = decoder  # not as a submodule: its parameters are not the head's
+        self.hidden: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["decoder"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _StubOutput([self.hidden])
+
+
+class _StubOutput(tuple):
+    """A decoder's output, by position or by name; all but the hidden states (caches, router logits, ...) are None."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
+
+
+class CausalLM:
+    """A causal language model taken apart: `hidden` maps tokens to hidden states, `logits` maps these to logits.
+
+    Every family has its own head (soft-capping in Gemma 2, a scale in Cohere and Granite, ...). `logits` runs the model's
+    own forward with its decoder swapped for a stub that returns the hidden states given, so that no family needs a case
+    of its own. ValueError for models that this cannot be right for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft.PeftModel has one
+        for name, config in getattr(model, "peft_config", {}).items():
+            if config.is_prompt_learning:
+                kind = f"{type(config).__name__} (adapter {name!r})"
+                raise ValueError(f"{kind} adds virtual tokens outside the inner model; use LoRA or another weight-based method")
+        if getattr(self.core.config, "is_encoder_decoder", False):
+            raise ValueError(f"{type(self.core).__name__} is an encoder-decoder; a causal (decoder-only) model is needed")
+        self.decoder = self.core.get_decoder()
+        self.places = [m._modules for m in self.core.modules() for child in m._modules.values() if child is self.decoder]
+        if not self.places:
+            raise ValueError(f"{type(self.core).__name__}: its decoder cannot be told from its head; is it a causal LM?")
+        accepted = inspect.signature(self.decoder.forward).parameters
+        self.takes_positions = "position_ids" in accepted  # models with ALiBi read positions off the mask instead
+        self.takes_cache = "past_key_values" in accepted and not getattr(self.core, "_is_stateful", False)
+        if self.takes_cache:  # recurrent states cannot be repeated or dropped row by row, keys and values can
+            kinds = {type(layer) for layer in DynamicCache(config=self.core.config).layers}
+            self.takes_cache = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+    def blocks(self, P: int) -> list[slice]:
+        """Which prompts may go through the model together: all, or where left padding is not safe, one at a time.
+
+        It is not for recurrent models, whose state runs through the padding, nor with eager attention in float64, where
+        rows that see nothing become NaN (-1.8e308 is -inf to its float32 softmax) and spread.
+        """
+        eager64 = self.core.dtype == torch.float64 and self.core.config._attn_implementation == "eager"
+        together = self.takes_cache and not eager64
+        return [slice(0, P)] if together else [slice(p, p + 1) for p in range(P)]
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.core.config)
+
+    def hidden(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """Hidden states of `ids` (B, t) -> (B, t, H). mask: (B, past + t), False where padding is.
+
+        Positions are counted over the mask: with left padding they would otherwise start too late (in GPT-2, outputs
+        off by 0.3; rotary models hide it).
+        """
+        kwargs: dict[str, Any] = {"use_cache": cache is not None, "attention_mask": mask.long()}
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        if self.takes_positions:
+            kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = self.decoder(input_ids=ids, **kwargs)
+        return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+    @contextmanager
+    def _headless(self) -> Iterator[_Stub]:
+        stub = _Stub(self.decoder)
+        names = [next(name for name, child in place.items() if child is self.decoder) for place in self.places]
+        try:
+            for place, name in zip(self.places, names, strict=True):
+                place[name] = stub
+            yield stub
+        finally:
+            for place, name in zip(self.places, names, strict=True):
+                place[name] = self.decoder
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, H) -> (n, V), by the model's own head, whatever it does to them; at least float32."""
+        with self._headless() as stub:
+            stub.hidden = hidden.unsqueeze(0)
+            dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+            logits = self.core(input_ids=dummy, use_cache=False).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def head_is_trained(self) -> bool:
+        with self._headless():
+            return any(p.requires_grad for p in self.core.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- rollout
+
+
+@dataclass
+class Rollout:
+    """P prompts and the G completions of each, B = P·G rows; the G rows of a prompt are adjacent."""
+
+    prompt_ids: Tensor  # (P, L), left-padded
+    prompt_mask: Tensor  # (P, L) bool
+    completion_ids: Tensor  # (B, T), right-padded; T is the longest row
+    completion_mask: Tensor  # (B, T) bool, True up to and including the first EOS
+    logps: Tensor  # (B, T), the sampler's own, at its temperature; 0 where masked
+
+    @property
+    def num_generations(self) -> int:
+        return len(self.completion_ids) // len(self.prompt_ids)
+
+    def select(self, prompts: Sequence[int]) -> "Rollout":
+        """The groups of some prompts, without the padding that only the others need."""
+        at = torch.as_tensor(prompts, device=self.prompt_ids.device)
+        G = self.num_generations
+        rows = (at.unsqueeze(1) * G + torch.arange(G, device=at.device)).flatten()
+        L = int(self.prompt_mask[at].sum(dim=1).max())
+        T = max(1, int(self.completion_mask[rows].sum(dim=1).max()))
+        ids, mask, logps = self.completion_ids[rows, :T], self.completion_mask[rows, :T], self.logps[rows, :T]
+        return Rollout(self.prompt_ids[at, -L:], self.prompt_mask[at, -L:], ids, mask, logps)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within; each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample G completions of each prompt from softmax(logits / temperature), untruncated: the policy that is scored.
+
+    prompt_ids, prompt_mask: (P, L), left-padded. eos_token_ids: any of them ends a row; [] for full length. Each prompt
+    is read once and its keys and values repeated; rows that ended leave the batch. Recurrent models, whose state cannot
+    be repeated, take the slow plain path: one group at a time, everything recomputed for each token.
+
+    The draws, (B, max_completion_length) uniforms, are made first and belong to their rows, so that what one row does
+    changes no other. A token is drawn by inverting the cumulative distribution, in float64. Runs in eval mode.
+    """
+    P, G = len(prompt_ids), num_generations
+    draws = torch.rand(P * G, max_completion_length, generator=generator, dtype=torch.float64).to(prompt_ids.device)
+    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=prompt_ids.device)
+    lm = CausalLM(model)
+    ids, logps = [], []
+    with evaluating(model):
+        for block in lm.blocks(P):
+            columns = prompt_mask[block].any(dim=0)
+            prompt, mask = prompt_ids[block][:, columns], prompt_mask[block][:, columns].bool()
+            own = draws[block.start * G : block.stop * G]
+            for row_ids, row_logps in zip(*_decode(lm, prompt, mask, own, temperature, eos, pad_token_id), strict=True):
+                ids.append(row_ids)
+                logps.append(row_logps)
+    completion_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
+    mask = completion_mask(completion_ids, eos_token_ids)
+    return Rollout(prompt_ids, prompt_mask.bool(), completion_ids, mask, pad_sequence(logps, batch_first=True))
+
+
+def _decode(
+    lm: CausalLM, prompt_ids: Tensor, prompt_mask: Tensor, draws: Tensor, temperature: float, eos: Tensor, pad: int
+) -> tuple[Tensor, Tensor]:
+    """The decode loop for one block of prompts. Returns token ids and their log-probs, both (B, T)."""
+    B, steps = draws.shape
+    G = B // len(prompt_ids)
+    alive = torch.arange(B, device=prompt_ids.device)  # rows still being written
+    ids = torch.full((B, steps), pad, dtype=torch.long, device=prompt_ids.device)
+    logps = torch.zeros(B, steps, dtype=torch.float64, device=prompt_ids.device)
+    cache = lm.new_cache() if lm.takes_cache else None
+    hidden = lm.hidden(prompt_ids, prompt_mask, cache)[:, -1].repeat_interleave(G, dim=0)  # (B, H)
+    seen, context = prompt_mask.repeat_interleave(G, dim=0), prompt_ids.repeat_interleave(G, dim=0)  # (B, L) each
+    if cache is not None:
+        cache.batch_repeat_interleave(G)
+    for t in range(steps):
+        log_probs = (lm.logits(hidden) / temperature).log_softmax(dim=-1)  # (alive, V)
+        cdf = log_probs.double().exp().cumsum(dim=-1)
+        tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)
+        tokens = tokens.clamp(max=cdf.shape[1] - 1)  # a draw within rounding of 1
+        ids[alive, t] = tokens.squeeze(1)
+        logps[alive, t] = log_probs.gather(1, tokens).squeeze(1).double()
+        going = ~torch.isin(tokens.squeeze(1), eos)
+        if t + 1 == steps or not going.any():
+            break
+        seen, context = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1), torch.cat([context, tokens], dim=1)
+        if not going.all():
+            alive, seen, context = alive[going], seen[going], context[going]
+            if cache is not None:
+                cache.batch_select_indices(going.nonzero().squeeze(1))
+        hidden = lm.hidden(context if cache is None else context[:, -1:], seen, cache)[:, -1]
+    return ids[:, : t + 1], logps[:, : t + 1].to(log_probs.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ log-probabilities
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log p(target) and entropy from hidden states, in chunks, under a head that is not trained.
+
+    d logp_t / d h_t is one vector per token, whatever the loss will be. So it is taken while the chunk's logits exist and
+    only scaled in backward: no logits are kept, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], T: float, chunk: int) -> Any:
+        logps, entropies, slopes = [], [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                h = h.detach().requires_grad_(ctx.needs_input_grad[0])
+                logits = head(h)
+            z = logits.detach() / T
+            log_norm = z.logsumexp(dim=-1, keepdim=True)  # (n, 1)
+            p = (z - log_norm).exp()
+            logps.append((z.gather(1, y.unsqueeze(1)) - log_norm).squeeze(1))
+            entropies.append(torch.special.entr(p).sum(dim=-1))
+            if ctx.needs_input_grad[0]:  # d logp / d logits = (onehot - p) / T
+                slope = p.neg_().scatter_add_(1, y.unsqueeze(1), torch.ones_like(log_norm)).div_(T)
+                slopes.append(torch.autograd.grad(logits, h, slope)[0])
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logps), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+        (slopes,) = ctx.saved_tensors
+        return (grad_logps.unsqueeze(1) * slopes).to(slopes.dtype), None, None, None, None
+
+
+def _chunk_logps(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], T: float) -> tuple[Tensor, Tensor]:
+    log_probs = (head(hidden) / T).log_softmax(dim=-1)
+    entropy = torch.special.entr(log_probs.detach().exp()).sum(dim=-1)
+    return log_probs.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
+
+
+def completion_logps(
+    model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """log π(token | what is before it) of each completion token, and the entropy there, of softmax(logits / temperature).
+
+    Returns logps (B, T), with gradients, and entropies (B, T), without, in nats; both 0 where masked. With share_prompt each
+    prompt is read once and its keys and values are repeated for its G rows; gradients flow back through the repeat.
+    Otherwise, and for models without such a cache, and under activation checkpointing (where transformers drops
+    the cache), each group is read whole, without padding on the left. Both give the same values and gradients. The head
+    sees chunk_size tokens at a time, and only those inside the mask: no tensor has the size B·T·V.
+    """
+    lm, mask, G = CausalLM(model), rollout.completion_mask, rollout.num_generations
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) and m.training for m in lm.core.modules())
+    share = share_prompt and lm.takes_cache and not (checkpointed and torch.is_grad_enabled())
+    rows = []
+    for block in lm.blocks(len(rollout.prompt_ids)) if share else [slice(p, p + 1) for p in range(len(rollout.prompt_ids))]:
+        columns = rollout.prompt_mask[block].any(dim=0)
+        prompt, prompt_mask = rollout.prompt_ids[block][:, columns], rollout.prompt_mask[block][:, columns]  # (p, L)
+        inputs = rollout.completion_ids[block.start * G : block.stop * G, :-1]  # (p·G, T - 1); the last predicts nothing
+        seen = torch.cat([prompt_mask.repeat_interleave(G, dim=0), torch.ones_like(inputs, dtype=torch.bool)], dim=1)
+        if share:
+            cache = lm.new_cache()
+            hidden = lm.hidden(prompt, prompt_mask, cache)[:, -1:].repeat_interleave(G, dim=0)  # predicts the first token
+            if inputs.shape[1]:
+                cache.batch_repeat_interleave(G)
+                hidden = torch.cat([hidden, lm.hidden(inputs, seen, cache)], dim=1)
+        else:
+            whole = torch.cat([prompt.repeat_interleave(G, dim=0), inputs], dim=1)
+            hidden = lm.hidden(whole, seen)[:, prompt.shape[1] - 1 :]
+        rows.append(hidden)
+    hidden = torch.cat(rows)  # (B, T, H)
+
+    h, y = hidden[mask], rollout.completion_ids[mask]  # (n, H), (n,)
+    if not len(y):
+        zero = hidden.sum() * 0.0  # keeps the graph, so that backward works and gives zeros
+        return zero + torch.zeros_like(mask, dtype=h.dtype), torch.zeros_like(mask, dtype=h.dtype)
+    if torch.is_grad_enabled() and lm.head_is_trained():
+        chunks = zip(h.split(chunk_size), y.split(chunk_size), strict=True)
+        parts = [checkpoint(_chunk_logps, hc, yc, lm.logits, temperature, use_reentrant=False) for hc, yc in chunks]
+        logps, entropies = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    else:
+        logps, entropies = _TokenLogps.apply(h, y, lm.logits, temperature, chunk_size)
+    blank = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
+    return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
+
+
+# ------------------------------------------------------------------------------------------------------- the trainer
+
+
+class RewardError(RuntimeError):
+    """A reward function failed, or returned what cannot be used. The message names it."""
+
+
+@dataclass
+class MicroBatch:
+    """Some groups of a rollout, and what stays fixed about them while the policy moves."""
+
+    rollout: Rollout
+    advantages: Tensor  # (B,)
+    old_logps: Tensor | None = None  # (B, T), like the rest; None: the policy itself, before its update
+    ref_logps: Tensor | None = None
+    policy_mask: Tensor | None = None
+
+
+class GRPOTrainer:
+    """GRPO on whatever parameters of `model` require gradients: our adapters, peft's, whole modules, or all of it.
+
+    model: a causal LM of transformers, with lora.apply_lora or wrapped by peft, or fully trainable. reward_funcs: functions
+    (see rewards.py) or their names. train_dataset, eval_dataset: sequences of dicts with `prompt` (text or chat messages) and
+    any columns the rewards use. processing_class: the tokenizer (None: the model's own). reference: a callable that returns a
+    context manager within which the model is the reference policy; None: lora_disabled where that is where training
+    starts from, else a snapshot taken now. ValueError for what cannot work, in one line.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reward_funcs: Any,
+        args: GRPOConfig,
+        train_dataset: Sequence[dict[str, Any]],
+        eval_dataset: Sequence[dict[str, Any]] | None = None,
+        processing_class: Any = None,
+        reference: Callable[[], Any] | None = None,
+    ) -> None:
+        funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        self.reward_funcs = [load_reward(f) if isinstance(f, str) else f for f in funcs]
+        self.reward_weights = torch.tensor(reward_weights(args, self.reward_funcs), dtype=torch.float64)
+        self.model: Any = model
+        self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
+        for rows in (train_dataset, eval_dataset):
+            if rows is not None:
+                check_rows(rows, self.reward_funcs)
+        lm = CausalLM(model)  # refuses models that it cannot be right for
+        self.tokenizer = processing_class or AutoTokenizer.from_pretrained(lm.core.config._name_or_path)
+        self.eos_token_ids = eos_token_ids(lm.core, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id: int = self.eos_token_ids[0] if pad is None else pad
+        self.window = getattr(lm.core.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.params:
+            raise ValueError("the model has no trainable parameter: call apply_lora (or peft's get_peft_model) first")
+        dropout = [m for name, m in model.named_modules() if "lora_dropout" in name and getattr(m, "p", 0) > 0]
+        if dropout and args.num_iterations > 1:
+            raise ValueError("lora_dropout with num_iterations > 1: old and new log-probs would differ by the dropout; use 0")
+        self.reference = reference or default_reference(model)
+        if args.gradient_checkpointing:
+            lm.core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        groups = param_groups(model, args.learning_rate, args.lora_plus_ratio, args.modules_to_save_learning_rate)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+        self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
+        dense = [m.base_layer.weight.dtype for m in model.modules() if isinstance(m, LoRALinear)]
+        self.merges = bool(dense) and all(d in (torch.float32, torch.float64) for d in dense)  # half precision would round
+        self.objective = {
+            name: getattr(args, name) for name in inspect.signature(grpo_loss).parameters if hasattr(args, name)
+        }
+        self.step = 0  # optimiser updates made
+        self.tokens = 0  # prompt and completion tokens seen
+        self.stop = False  # set from outside (a signal): finish the update in hand, save, return
+        self.first_samples: list[dict[str, Any]] = []  # completions of the first evaluation, and of the latest
+        self.eval_samples: list[dict[str, Any]] = []
+
+    # ---- the algorithm
+
+    def update(self, rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+        """GRPO, in full: one batch of prompts, and the num_iterations optimiser updates made with it. Returns metrics."""
+        args, means = self.args, WeightedMeans()
+        rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
+        rewards = self.score(rows, rollout)  # (P, G, K)
+        advantages = multi_objective_advantages(
+            rewards, self.reward_weights, aggregation=args.multi_objective_aggregation, scale=args.scale_rewards
+        )  # (P, G)
+        if args.mask_truncated_completions:
+            rollout.completion_mask = rollout.completion_mask & self.ended(rollout).unsqueeze(1)
+        per_token = AGGREGATION[args.loss_type] == "token"
+        normalizer = int(rollout.completion_mask.sum()) if per_token else len(rollout.completion_mask)
+        micro_batches = self.micro_batches(rollout, advantages.to(rollout.logps))
+
+        for _ in range(args.num_iterations):
+            for parameter in self.params.values():
+                parameter.grad = torch.zeros_like(parameter)  # zero and not None, also if no group has an advantage
+            total = 0.0
+            for batch in micro_batches:
+                mask = batch.rollout.completion_mask
+                with adapter_dropout(self.model):
+                    logps, entropies = completion_logps(self.model, batch.rollout, temperature=args.temperature)
+                loss, stats = grpo_loss(
+                    logps,
+                    logps.detach() if batch.old_logps is None else batch.old_logps,  # the former: a ratio of exactly 1
+                    batch.advantages,
+                    mask,
+                    ref_logps=batch.ref_logps,
+                    policy_mask=batch.policy_mask,
+                    normalizer=normalizer,
+                    **self.objective,
+                )
+                loss.backward()
+                total += loss.item()
+                gap = (logps.detach() - batch.rollout.logps).abs()[mask]
+                stats |= {"entropy": entropies[mask].mean().item(), GAP: gap.mean().item()}
+                means.add(int(mask.sum()), **stats)
+            grad_norm = nn.utils.clip_grad_norm_(self.params.values(), args.max_grad_norm).item()
+            means.add(1, loss=total, grad_norm=grad_norm, learning_rate=self.scheduler.get_last_lr()[0])
+            self.optimizer.step()
+            self.scheduler.step()
+        return self.summarize(self.samples, rewards, advantages) | means.result()
+
+    def sample(self, rows: Sequence[dict[str, Any]], num_generations: int) -> Rollout:
+        """Completions from the policy as it is. Adapters are merged into dense weights meanwhile, where that is exact."""
+        prompts = [torch.tensor(encode_prompt(row["prompt"], self.tokenizer, self.args.system_prompt)) for row in rows]
+        ids = pad_sequence([p.flip(0) for p in prompts], batch_first=True, padding_value=-1).flip(1)  # (P, L), left-padded
+        ids = ids.to(next(iter(self.params.values())).device)
+        with lora_merged(self.model) if self.merges else contextlib.nullcontext():
+            return generate(
+                self.model,
+                ids.masked_fill(ids < 0, self.pad_token_id),
+                ids >= 0,
+                num_generations=num_generations,
+                max_completion_length=self.args.max_completion_length,
+                temperature=self.args.temperature,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=self.pad_token_id,
+                generator=self.generator,
+            )
+
+    def score(self, rows: Sequence[dict[str, Any]], rollout: Rollout) -> Tensor:
+        """Every reward function on every completion; leaves the completions in self.samples.
+
+        Returns (P, G, K) float64, NaN for None.
+        """
+        G, prompts = rollout.num_generations, [row["prompt"] for row in rows]
+        ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        columns = {key: [row.get(key) for row in rows for _ in range(G)] for key in dict.fromkeys(k for row in rows for k in row)}
+        columns["prompts"] = columns.pop("prompt")  # each prompt G times, as its completions lie: not the list G times
+        columns["completions"] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(columns["prompts"], texts, strict=True)
+        ]
+        columns["completion_ids"] = ids
+        if "solution" in columns:
+            columns.setdefault("answer", columns["solution"])
+        extra: dict[str, list[Any]] = {}
+        self.reward_metrics: dict[str, float] = {}
+        columns["trainer_state"] = SimpleNamespace(
+            global_step=self.step, max_steps=self.args.max_steps, max_completion_length=self.args.max_completion_length
+        )
+        columns |= {"log_extra": extra.__setitem__, "log_metric": self.reward_metrics.__setitem__}
+        scores = {f"{reward_name(f)}": call_reward(f, len(texts), columns) for f in self.reward_funcs}
+        ended = self.ended(rollout).tolist()
+        self.samples = [
+            {"prompt": prompts[i // G], "completion": texts[i], "length": len(ids[i]), "ended": ended[i]}
+            | {f"rewards/{name}": score[i] for name, score in scores.items()}
+            | {name: values[i] for name, values in extra.items()}
+            for i in range(len(texts))
+        ]
+        by_function = torch.tensor([[math.nan if r is None else r for r in s] for s in scores.values()], dtype=torch.float64)
+        return by_function.T.reshape(len(rows), G, -1)
+
+    def ended(self, rollout: Rollout) -> Tensor:
+        """(B,) bool: which rows chose an EOS, rather than being cut off."""
+        eos = torch.tensor(self.eos_token_ids, device=rollout.completion_ids.device)
+        return (torch.isin(rollout.completion_ids, eos) & rollout.completion_mask).any(dim=1)
+
+    @torch.no_grad()
+    def micro_batches(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
+        """Whole groups, sorted by length to save padding, with their old and reference log-probs where these are needed.
+
+        A group without advantage has no gradient, and needs no forward, unless something else looks at it.
+        """
+        args, G = self.args, rollout.num_generations
+        sparse = args.top_entropy_quantile < 1
+        groups = [p for p in range(len(advantages)) if args.beta or sparse or advantages[p].any()]
+        lengths = rollout.completion_mask.sum(dim=1).view(-1, G).amax(dim=1).tolist()
+        groups.sort(key=lambda p: lengths[p])
+        size = max(1, args.per_device_train_batch_size // G)
+        chosen = [groups[i : i + size] for i in range(0, len(groups), size)]
+        batches = [MicroBatch(rollout.select(some), advantages[some].flatten()) for some in chosen]
+        entropies = []
+        for batch in batches:
+            if args.num_iterations > 1 or sparse:
+                old_logps, entropy = completion_logps(self.model, batch.rollout, temperature=args.temperature)
+                entropies.append(entropy)
+                batch.old_logps = old_logps if args.num_iterations > 1 else None
+            if args.beta:
+                with self.reference():
+                    batch.ref_logps, _ = completion_logps(self.model, batch.rollout, temperature=args.temperature)
+        if sparse:
+            seen = torch.cat([e[b.rollout.completion_mask] for e, b in zip(entropies, batches, strict=True)])
+            threshold = seen.quantile(1 - args.top_entropy_quantile) if len(seen) else math.inf
+            for batch, entropy in zip(batches, entropies, strict=True):
+                batch.policy_mask = entropy >= threshold
+        return batches
+
+    # ---- running
+
+    def train(self) -> dict[str, Any]:
+        """Run to max_steps, or until `stop` is set. Returns the last metrics. Writes the run's files if output_dir is set."""
+        args, metrics = self.args, dict[str, Any]()
+        if args.resume:
+            self.step = load_checkpoint(self)
+        record = RunRecord(args.output_dir, keep_to=self.step if args.resume else None)
+        if self.eval_dataset and self.step == 0:
+            record.write({"step": 0, **self.evaluate()})
+            self.first_samples = self.eval_samples
+        bar = tqdm(total=args.max_steps, initial=self.step, desc="GRPO", unit="update", disable=None)
+        while self.step < args.max_steps and not self.stop:
+            started, index = time.perf_counter(), self.step // args.num_iterations
+            self.seed("update", index)
+            metrics = self.update(self.batch(index))
+            self.step += args.num_iterations
+            epoch = (index + 1) * args.prompts_per_step / len(self.train_dataset)
+            metrics = {"step": self.step, "epoch": epoch, **metrics, "step_time": time.perf_counter() - started}
+            samples, last = self.samples[: args.num_completions_to_log], self.stop or self.step >= args.max_steps
+            if self.eval_dataset and (last or self._due(args.eval_steps)):
+                metrics |= self.evaluate()
+            record.write(metrics, samples)
+            bar.update(args.num_iterations)
+            bar.set_postfix_str(f"reward {metrics['reward'] or 0:.3f}, length {metrics['completions/mean_length']:.0f}")
+            if args.output_dir and args.save_steps and (last or self._due(args.save_steps)):
+                record.sync()
+                save_checkpoint(self)
+        bar.close()
+        if args.output_dir:
+            save_policy(self.model, Path(args.output_dir) / "adapter")
+        return metrics
+
+    def evaluate(self) -> dict[str, float | None]:
+        """One completion of each evaluation problem, with the same draws every time. Returns metrics named eval_...
+
+        The completions stay in eval_samples.
+        """
+        if not self.eval_dataset:
+            raise ValueError("evaluate needs an eval_dataset")
+        self.seed("evaluate")
+        size, rewards, samples, tokens = self.args.prompts_per_step * self.args.num_generations, [], [], self.tokens
+        for start in range(0, len(self.eval_dataset), size):
+            rows = [self.eval_dataset[i] for i in range(start, min(start + size, len(self.eval_dataset)))]
+            rewards.append(self.score(rows, self.sample(rows, 1)))
+            samples += self.samples
+        self.eval_samples, metrics = samples, self.summarize(samples, torch.cat(rewards))
+        self.tokens = tokens
+        return {f"eval_{key}": value for key, value in metrics.items() if key != "num_tokens"}
+
+    def batch(self, index: int) -> list[dict[str, Any]]:
+        """The prompts of optimiser batch `index`: a new permutation each epoch, and a function of the seed alone."""
+        n, size, rows = len(self.train_dataset), self.args.prompts_per_step, []
+        for position in range(index * size, (index + 1) * size):
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed + position // n))
+            rows.append(self.train_dataset[int(order[position % n])])
+        return rows
+
+    def seed(self, *what: Any) -> None:
+        """Reseed everything from the run's seed and `what`: an update's randomness follows from its number, so that a
+        resumed run goes on as the run would have."""
+        digest = hashlib.sha256(repr((self.args.seed, *what)).encode()).digest()
+        transformers.set_seed(int.from_bytes(digest[:4], "big"))
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[4:8], "big"))
+
+    def _due(self, every: int | None) -> bool:
+        return bool(every) and self.step // every > (self.step - self.args.num_iterations) // every  # type: ignore[operator]
+
+    def summarize(self, samples: list[dict[str, Any]], rewards: Tensor, advantages: Tensor | None = None) -> dict[str, Any]:
+        """TRL's metrics of a batch of completions and their rewards (P, G, K)."""
+        total = combine_rewards(rewards, self.reward_weights)  # (P, G)
+        lengths = torch.tensor([float(s["length"]) for s in samples])
+        ended = lengths[torch.tensor([s["ended"] for s in samples])]
+        self.tokens += int(lengths.sum())
+        metrics = {"num_tokens": self.tokens, "completions/clipped_ratio": 1 - len(ended) / len(lengths)}
+        for name, values in (("", lengths), ("terminated_", ended if len(ended) else torch.zeros(1))):
+            metrics |= {f"completions/{f}_{name}length": getattr(values, f)().item() for f in ("mean", "min", "max")}
+        for f, values in zip(self.reward_funcs, rewards.unbind(-1), strict=True):
+            metrics[f"rewards/{reward_name(f)}/mean"] = values.nanmean().item()
+            metrics[f"rewards/{reward_name(f)}/std"] = _nanstd(values.flatten(), dim=0).item()
+        metrics |= {"reward": total.nanmean().item(), **self.reward_metrics}
+        if advantages is not None:
+            metrics["reward_std"] = _nanstd(total, dim=1).nanmean().item()
+            metrics["frac_reward_zero_std"] = (~advantages.any(dim=1)).double().mean().item()
+            for sample, advantage in zip(samples, advantages.flatten().tolist(), strict=True):
+                sample["advantage"] = advantage
+        return metrics
+
+
+GAP = "sampling/sampling_logp_difference/mean"  # TRL's name: |log-prob while sampling - log-prob while scoring|
+
+
+class WeightedMeans:
+    """Means of named numbers over parts of different weight, such as micro-batches and their tokens."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, weight: float, **values: float) -> None:
+        for name, value in values.items():
+            total = self.sums.setdefault(name, [0.0, 0.0])
+            total[0] += weight * value
+            total[1] += weight
+
+    def result(self) -> dict[str, float | None]:
+        return {name: total / weight if weight else None for name, (total, weight) in self.sums.items()}
+
+
+@contextmanager
+def adapter_dropout(model: nn.Module) -> Iterator[None]:
+    """For the loss forward: eval mode, but for adapter dropout and activation checkpointing. A base model's own dropout
+    would make the policy that is scored differ from the one that sampled."""
+    with evaluating(model):
+        for name, module in model.named_modules():
+            module.training = "lora_dropout" in name or getattr(module, "gradient_checkpointing", False)
+        yield
+
+
+def default_reference(model: nn.Module) -> Callable[[], Any]:
+    """lora_disabled where switching adapters off gives the policy that training starts from, else a snapshot of it."""
+    covered = {id(p) for m in model.modules() if isinstance(m, LoRALinear | TrainedCopy) for p in m.parameters()}
+    fresh = all(not m.lora_B.weight.any() for m in model.modules() if isinstance(m, LoRALinear))
+    copies = [m for m in model.modules() if isinstance(m, TrainedCopy)]
+    fresh &= all(torch.equal(a, b) for m in copies for a, b in zip(m.trained.parameters(), m.original.parameters(), strict=True))
+    if fresh and covered and all(id(p) in covered for p in model.parameters() if p.requires_grad):
+        return lambda: lora_disabled(model)
+    return lora_snapshot(model)
+
+
+def reward_name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def reward_weights(args: GRPOConfig, funcs: Sequence[Any]) -> list[float]:
+    if not funcs:
+        raise ValueError("rewards: at least one reward function is needed")
+    weights = args.reward_weights or [1.0] * len(funcs)
+    if len(weights) != len(funcs) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"reward_weights: {weights} for {len(funcs)} reward functions; one finite number each is needed")
+    return list(weights)
+
+
+def call_reward(function: Callable[..., Any], count: int, columns: dict[str, Any]) -> list[float | None]:
+    """Call one reward function, async or not, and check what it returns. RewardError if that cannot be used."""
+    name = reward_name(function)
+    try:
+        scores = function(**columns)
+        if inspect.isawaitable(scores):
+            scores = asyncio.run(_wait_for(scores))
+        scores = [None if score is None else float(score) for score in scores]
+    except Exception as error:
+        raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
+    if len(scores) != count:
+        raise RewardError(f"reward {name} returned {len(scores)} values for {count} completions; one each is needed")
+    if any(score is not None and math.isinf(score) for score in scores):
+        raise RewardError(f"reward {name} returned an infinite value; use a finite one, or None for 'not applicable'")
+    return [None if score is None or math.isnan(score) else score for score in scores]
+
+
+async def _wait_for(awaitable: Any) -> Any:
+    return await awaitable
+
+
+# -------------------------------------------------------------------------------------------------- data and tokenizer
+
+
+def encode_prompt(prompt: Any, tokenizer: Any, system_prompt: str | None = None) -> list[int]:
+    """Token ids of a prompt: messages through the chat template, text as it is, unless a system prompt makes it a chat."""
+    if isinstance(prompt, str):
+        if system_prompt is None:
+            return tokenizer(prompt).input_ids
+        prompt = [{"role": "user", "content": prompt}]
+    if system_prompt is not None:
+        prompt = [{"role": "system", "content": system_prompt}, *prompt]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the prompt is a chat, and the tokenizer has no chat template: use text prompts with this model")
+    goes_on = prompt[-1]["role"] == "assistant"  # an answer begun in the data is continued
+    text = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+    )
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a completion: the tokenizer's, and all that the model's generation config names."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    ids = [i for i in dict.fromkeys([tokenizer.eos_token_id, *configured]) if i is not None]
+    if not ids:
+        raise ValueError("the tokenizer has no EOS token, so no completion could end: set tokenizer.eos_token")
+    return ids
+
+
+def read_jsonl(path: str | Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a JSONL file and their line numbers. ValueError with file, line and reason."""
+    rows, lines = [], []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    rows.append(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+                    lines.append(number)
+                    if not isinstance(rows[-1], dict):
+                        raise ValueError(f"is a {type(rows[-1]).__name__}, must be an object with a 'prompt'")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{number}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: holds no rows; each line must be an object with a 'prompt'")
+    return rows, lines
+
+
+def check_rows(rows: Sequence[dict[str, Any]], reward_funcs: Sequence[Any], where: Callable[[int], str] | None = None) -> None:
+    """ValueError for the first row whose prompt cannot be used, or that lacks a column a reward needs."""
+    where = where or (lambda i: f"dataset row {i}")
+    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+    needed = {}  # column -> the reward that needs it
+    for function in reward_funcs:
+        for p in inspect.signature(function).parameters.values():
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given:
+                needed[p.name] = reward_name(function)
+    if not len(rows):
+        raise ValueError("the data set is empty")
+    for i in range(len(rows)):
+        row = rows[i]
+        prompt = row.get("prompt")
+        messages = isinstance(prompt, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+        )
+        if not prompt or not (isinstance(prompt, str) or messages):
+            raise ValueError(f"{where(i)}: 'prompt' must be text or a list of messages with 'role' and 'content'")
+        for column, name in needed.items():
+            if column not in row and not (column == "answer" and "solution" in row):
+                has = ", ".join(key for key in row if key != "prompt") or "no other column"
+                raise ValueError(f"{where(i)}: no column {column!r}, which reward {name} needs; it has {has}")
+
+
+def check_lengths(
+    rows: Sequence[dict[str, Any]], tokenizer: Any, args: GRPOConfig, window: float, where: Callable[[int], str] | None = None
+) -> None:
+    """ValueError for the first prompt that is empty, or leaves no room for a completion in the model's window."""
+    where = where or (lambda i: f"dataset row {i}")
+    for i in range(len(rows)):
+        try:
+            length = len(encode_prompt(rows[i]["prompt"], tokenizer, args.system_prompt))
+        except Exception as error:  # a chat template is a program of the tokenizer's author: it may raise anything
+            raise ValueError(f"{where(i)}: the prompt cannot be encoded: {error}") from error
+        if not 0 < length <= window - args.max_completion_length:
+            room = f"max_completion_length = {args.max_completion_length} and the model's window of {window} tokens"
+            raise ValueError(f"{where(i)}: the prompt has {length} tokens; it must have some, and fit {room}")
+
+
+# ------------------------------------------------------------------------------------------- a run's files, checkpoints
+
+MAY_CHANGE = {"output_dir", "resume", "max_steps", "eval_steps", "save_steps", "save_total_limit", "num_completions_to_log"}
+
+
+def check_output_dir(args: GRPOConfig) -> None:
+    if args.resume and not args.output_dir:
+        raise ValueError("resume: needs output_dir, the folder of the run to go on with")
+    if args.output_dir and not args.resume:
+        held = [n for n in ("metrics.jsonl", "adapter", "summary.json") if (Path(args.output_dir) / n).exists()]
+        held += [p.name for p in Path(args.output_dir).glob("checkpoint-*")]
+        if held:
+            raise ValueError(f"output_dir: {args.output_dir} holds another run ({held[0]}); resume it, or name a new folder")
+
+
+def to_json(value: Any) -> str:
+    """One line of standard JSON: NaN and infinities, which JSON lacks, become null."""
+
+    def clean(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {str(key): clean(item) for key, item in x.items()}
+        if isinstance(x, list | tuple):
+            return [clean(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(clean(value), ensure_ascii=False, default=str)
+
+
+class RunRecord:
+    """metrics.jsonl and completions.jsonl: a line for each update, and for each completion shown of it."""
+
+    def __init__(self, output_dir: str | None, keep_to: int | None) -> None:
+        self.files: list[Any] = []
+        if output_dir is None:
+            return
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            path = Path(output_dir) / name
+            if keep_to is not None and path.exists():  # cut back to the checkpoint, a torn last line included
+                kept = [line for line in path.read_bytes().split(b"\n") if 0 <= _step_of(line) <= keep_to and keep_to]
+                scratch = path.with_suffix(".tmp")
+                scratch.write_bytes(b"".join(line + b"\n" for line in kept))
+                os.replace(scratch, path)
+            self.files.append(open(path, "a", encoding="utf-8"))  # noqa: SIM115 - open as long as the run is
+
+    def write(self, metrics: dict[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
+        if self.files:
+            print(to_json(metrics), file=self.files[0], flush=True)
+            for sample in samples:
+                print(to_json({"step": metrics["step"], **sample}), file=self.files[1], flush=True)
+
+    def sync(self) -> None:
+        for file in self.files:
+            os.fsync(file.fileno())
+
+
+def _step_of(line: bytes) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def save_policy(model: Any, directory: Path) -> None:
+    """What was trained, in the format its own library reads: ours and peft's in PEFT's, a whole model in transformers'."""
+    if any(isinstance(m, LoRALinear | TrainedCopy) for m in model.modules()):
+        save_lora(model, directory)
+    else:
+        model.save_pretrained(directory)
+
+
+def _identity(trainer: GRPOTrainer) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the run it resumes."""
+    settings = {k: v for k, v in dataclasses.asdict(trainer.args).items() if k not in MAY_CHANGE}
+    data = hashlib.sha256()
+    for i in range(len(trainer.train_dataset)):
+        data.update(to_json(trainer.train_dataset[i]).encode())
+    lora = getattr(trainer.model, "lora_config", None)
+    adapter = {f"lora.{k}": v for k, v in dataclasses.asdict(lora).items()} if isinstance(lora, LoRAConfig) else {}
+    shapes = {name: list(p.shape) for name, p in trainer.params.items()}
+    names = [reward_name(f) for f in trainer.reward_funcs]
+    return settings | adapter | {"rewards": names, "train data": data.hexdigest(), "trainable parameters": shapes}
+
+
+def _machine() -> dict[str, Any]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return versions | {"machine": platform.machine(), "threads": torch.get_num_threads()}
+
+
+def save_checkpoint(trainer: GRPOTrainer) -> Path:
+    """Write checkpoint-N: all or nothing. A manifest with every file's hash is written last, then the folder is renamed.
+
+    OSError, with the state of things, if it cannot be written (a full disk, say); older checkpoints are not touched.
+    """
+    root = Path(str(trainer.args.output_dir))
+    final, scratch = root / f"checkpoint-{trainer.step}", root / f".checkpoint-{trainer.step}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        save_policy(trainer.model, scratch / "adapter")
+        trainable = {name: p.detach().cpu().contiguous() for name, p in trainer.params.items()}
+        save_file(trainable, scratch / "trainable.safetensors")
+        if isinstance(trainer.reference, lora_snapshot):
+            save_file({n: t.cpu().contiguous() for n, t in trainer.reference.tensors.items()}, scratch / "reference.safetensors")
+        optimizer = {"optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.scheduler.state_dict()}
+        torch.save(optimizer, scratch / "optimizer.pt")
+        state = {"step": trainer.step, "tokens": trainer.tokens, "run": _identity(trainer), "made_with": _machine()}
+        (scratch / "state.json").write_text(to_json(state), encoding="utf-8")
+        hashes = {str(p.relative_to(scratch)): _sha256(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
+        (scratch / "manifest.json").write_text(to_json(hashes), encoding="utf-8")
+        for path in [*scratch.rglob("*"), scratch]:
+            _fsync(path)
+        if final.exists():  # a torn one of the same number, which --resume passed over
+            os.replace(final, root / f"torn-{final.name}-{time.time_ns()}")
+        os.replace(scratch, final)
+        _fsync(root)
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise OSError(f"{final} could not be written: {error}; earlier checkpoints are as they were") from error
+    if trainer.args.save_total_limit:
+        for old in _checkpoints(root)[trainer.args.save_total_limit :]:
+            shutil.rmtree(old)
+    return final
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Newest first."""
+    found = [p for p in root.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint; '' if every file is there with its hash."""
+    try:
+        hashes = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return next((f"{name} has changed" for name, digest in hashes.items() if _sha256(folder / name) != digest), "")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def load_checkpoint(trainer: GRPOTrainer) -> int:
+    """Bring the trainer to the newest intact checkpoint of output_dir, and return its update; 0 if there is none.
+
+    ValueError, naming the setting, if the run to resume was another one.
+    """
+    for folder in _checkpoints(Path(str(trainer.args.output_dir))):
+        if damage := _damage(folder):
+            print(f"resume: passing over {folder}: {damage}", file=sys.stderr)
+            continue
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        now = json.loads(to_json(_identity(trainer)))
+        for name in dict.fromkeys([*state["run"], *now]):
+            if state["run"].get(name) != now.get(name):
+                was = f"{state['run'].get(name)!r}, now {now.get(name)!r}"
+                raise ValueError(f"resume: {name} was {was:.300}; it must stay, or start a new run in another folder")
+        for name, value in _machine().items():
+            if state["made_with"].get(name) != value:
+                was = state["made_with"].get(name)
+                print(f"resume: {name} was {was}, now {value}: results may differ by rounding", file=sys.stderr)
+        trainable = load_file(folder / "trainable.safetensors")
+        with torch.no_grad():
+            for name, parameter in trainer.params.items():
+                parameter.copy_(trainable[name])
+        if (folder / "reference.safetensors").exists():
+            snapshot = lora_snapshot(trainer.model)
+            snapshot.tensors = {n: t.to(trainer.params[n].device) for n, t in load_file(folder / "reference.safetensors").items()}
+            trainer.reference = snapshot
+        optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+        trainer.optimizer.load_state_dict(optimizer["optimizer"])
+        trainer.scheduler.load_state_dict(optimizer["scheduler"])
+        trainer.tokens = state["tokens"]
+        print(f"resume: going on from {folder}", file=sys.stderr)
+        return int(state["step"])
+    print(f"resume: no intact checkpoint in {trainer.args.output_dir}, starting at the beginning", file=sys.stderr)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------ the demo
+
+DEMO_SETTINGS = {  # what `python grpo_lora.py` does, unless told otherwise
+    "max_steps": 20,
+    "prompts_per_step": 16,
+    "num_generations": 16,
+    "per_device_train_batch_size": 128,
+    "max_completion_length": 24,
+    "learning_rate": 1e-3,
+    "r": 8,
+    "lora_alpha": 8,
+    "eval_steps": 10,
+    "save_steps": 0,
+}
+
+
+def make_demo_model(directory: Path, steps: int = 400) -> None:
+    """Pre-train a tiny chat model on sums of three digits, with two habits: to answer at once, mostly wrong, and to think
+    first, which comes out right. It prefers the first. GRPO will find out that the second pays.
+
+    An ordinary transformers directory; written under another name and then renamed, so that it is whole or not there.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<pad>", "<end>", "<user>", "<assistant>", "<unk>", "<think>", "</think>", "<answer>", "</answer>"]
+    words += [str(n) for n in range(28)] + list("+=?, ")
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?[a-z]+>|[0-9]+|."), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last or m.role != 'assistant' %}<end>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    transformers.set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    problems = sum_problems()[:-DEMO_HELD_OUT]
+    prompts = [encode_prompt(p["prompt"], tokenizer) for p in problems]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    scheduler = get_scheduler("cosine", optimizer, steps // 10, steps)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: int(torch.randint(n, (1,), generator=generator))  # noqa: E731
+    for _ in tqdm(range(steps), desc="pre-training the demo's base model", unit="batch", disable=None):
+        rows, labels = [], []
+        for _ in range(128):
+            i = draw(len(problems))
+            think, right = draw(100) < 30, draw(100) < 30
+            reply = sum_completion(problems[i], think, None if think or right else draw(28))
+            ids = tokenizer(reply, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            rows.append(torch.tensor(prompts[i] + ids))
+            labels.append(torch.tensor([-100] * len(prompts[i]) + ids))
+        ids = pad_sequence(rows, batch_first=True, padding_value=0)
+        loss = model(input_ids=ids, labels=pad_sequence(labels, batch_first=True, padding_value=-100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    scratch = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    try:
+        os.replace(scratch, directory)
+    except OSError:  # another process was faster
+        shutil.rmtree(scratch)
+
+
+DEMO_HELD_OUT = 200  # of the 1000 problems; neither pre-training nor GRPO sees them
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on what."""
+
+    model: str | None = field(default=None, metadata={"help": "Model folder or hub id. None: the built-in demo."})
+    data: str | None = field(
+        default=None, metadata={"help": "JSONL: a `prompt` (text, or chat messages) and any columns the rewards use."}
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "JSONL of held-out problems."})
+    eval_size: int = field(default=0, metadata={"help": "Without eval_data: hold out so many of the last rows of data."})
+    rewards: str = field(
+        default="accuracy",
+        metadata={"help": "Reward functions, comma-separated: names (see rewards.py), file.py:function, module:function."},
+    )
+    variant: str | None = field(
+        default=None, metadata={"help": f"A paper's settings, which flags then override: {', '.join(VARIANTS)}."}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "Saved adapter to go on training. None: a new one."})
+    dtype: str = field(default="float32", metadata={"help": "Of the base weights: float32, bfloat16, float16. Adapters are float32."})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps, ...; auto: cuda where there is one."})
+
+
+LEFT_OUT = {  # settings of TRL's that we lack, and what to do
+    "use_vllm": "sampling is built in; serve the saved adapter with vLLM",
+    "entropy_coef": "there is no entropy bonus; top_entropy_quantile and epsilon_high keep entropy up",
+    "off_policy_mask_threshold": "there is no off-policy mask; lower num_iterations",
+    "router_aux_loss_coef": "there is no router loss; routers stay frozen",
+    "top_p": "sampling is untruncated, so that the policy that is sampled is the one that is trained",
+    "top_k": "sampling is untruncated, so that the policy that is sampled is the one that is trained",
+    "min_p": "sampling is untruncated, so that the policy that is sampled is the one that is trained",
+    "repetition_penalty": "use the reward repetition_penalty, which changes the policy rather than its samples",
+    "gradient_accumulation_steps": "the batch is prompts_per_step; per_device_train_batch_size splits it exactly",
+    "steps_per_generation": "each batch of completions is used num_iterations times",
+    "trust_remote_code": "code from model repositories is never run",
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]:
+    """Command line -> settings. A flag beats the variant, which beats the demo's and the default values."""
+    parser = HfArgumentParser(
+        [ScriptArguments, LoRAConfig, GRPOConfig], allow_abbrev=False, description=str(__doc__).partition("\n")[0]
+    )
+    for action in parser._actions:
+        if action.dest in ("rank_pattern", "alpha_pattern"):
+            action.type = json.loads
+        elif action.dest == "init_lora_weights":
+            action.type = lambda text: text.lower() == "true" or text
+        elif action.dest == "target_modules":  # q_proj,v_proj are names; anything else is a shorthand or a regex
+            action.nargs, action.type = None, lambda text: text.split(",") if text.replace(",", "").isidentifier() else text
+    parser.set_defaults(target_modules="all-linear", r=16, lora_alpha=32)
+    first, unknown = parser.parse_known_args(argv)
+    for flag in (text.lstrip("-").partition("=")[0] for text in unknown if text.startswith("--")):
+        if flag in LEFT_OUT:
+            raise ValueError(f"--{flag} is left out here: {LEFT_OUT[flag]}")
+        near = difflib.get_close_matches(flag, [a.dest for a in parser._actions], n=1, cutoff=0.0)[0]
+        raise ValueError(f"--{flag} is not known, did you mean --{near}? (--help shows all)")
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not expected here (--help shows all settings)")
+    if first.model is None:
+        if first.data:
+            raise ValueError("--data needs --model, a model folder or hub id")
+        parser.set_defaults(**DEMO_SETTINGS)
+    elif not first.data:
+        raise ValueError("--model needs --data, a JSONL file with a `prompt` in each line")
+    if first.variant:
+        if first.variant not in VARIANTS:
+            near = difflib.get_close_matches(first.variant, VARIANTS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"--variant {first.variant!r} is not known, did you mean {near!r}? (all: {', '.join(VARIANTS)})")
+        parser.set_defaults(**VARIANTS[first.variant].settings)
+    script, lora, args = parser.parse_args_into_dataclasses(argv)
+    return script, lora, args
+
+
+def prepare(argv: Sequence[str]) -> GRPOTrainer:
+    """Everything up to the first update. ValueError for bad input, as early as it can be known."""
+    script, lora, args = parse(argv)
+    reward_funcs = [load_reward(spec) for spec in script.rewards.split(",") if spec.strip()]
+    reward_weights(args, reward_funcs)
+    check_output_dir(args)
+    if script.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {script.dtype!r}: must be float32, bfloat16 or float16")
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if script.device == "auto" else script.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {script.device}: {str(error).partition(chr(10))[0]}") from None
+    if script.model is None:
+        train, held_out = sum_problems()[:-DEMO_HELD_OUT], sum_problems()[-DEMO_HELD_OUT:]
+        where = held_out_where = None
+    else:
+        train, lines = read_jsonl(str(script.data))
+        where = held_out_where = lambda i: f"{script.data}:{lines[i]}"  # noqa: E731
+        held_out = []
+        if script.eval_data:
+            held_out, eval_lines = read_jsonl(script.eval_data)
+            held_out_where = lambda i: f"{script.eval_data}:{eval_lines[i]}"  # noqa: E731
+        elif script.eval_size:
+            if not 0 < script.eval_size < len(train):
+                raise ValueError(f"--eval_size {script.eval_size}: {script.data} has {len(train)} rows; some must be left to train on")
+            train, held_out = train[: -script.eval_size], train[-script.eval_size :]
+            held_out_where = lambda i: f"{script.data}:{lines[len(train) + i]}"  # noqa: E731
+    for rows, place in ((train, where), (held_out, held_out_where)):
+        if rows or rows is train:
+            check_rows(rows, reward_funcs, place)
+
+    folder = script.model
+    if folder is None:
+        folder = str(Path("runs") / "demo-base-model")
+        if not Path(folder).exists():
+            make_demo_model(Path(folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--model {folder}: {str(error).strip().partition(chr(10))[0]}") from None
+    window = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for rows, place in ((train, where), (held_out, held_out_where)):
+        check_lengths(rows, tokenizer, args, window, place)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, script.dtype)).to(device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {folder}: {str(error).strip().partition(chr(10))[0]}") from None
+    transformers.set_seed(args.seed)
+    model = load_lora(model, script.adapter) if script.adapter else apply_lora(model, lora)
+    trainer = GRPOTrainer(model, reward_funcs, args, train, held_out or None, tokenizer)
+    args.output_dir = args.output_dir or new_run_folder("demo" if script.model is None else Path(script.model).name)
+    return trainer
+
+
+def new_run_folder(name: str) -> str:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+        path = Path("runs") / f"{name}-{stamp}{suffix}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return str(path)
+    raise OSError("runs/: no free folder name")
+
+
+def measure(samples: list[dict[str, Any]], dataset: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy (where there are answers), share of completions that think, and mean length of some completions."""
+    texts = [s["completion"] for s in samples]
+    measured = {}
+    if all("answer" in row or "solution" in row for row in dataset):
+        gold = [row.get("answer", row.get("solution")) for row in dataset]
+        graded = [score for score in accuracy_reward(None, texts, gold) if score is not None]
+        measured["accuracy"] = sum(graded) / max(1, len(graded))
+    measured["think_rate"] = sum("<think>" in text for text in texts) / len(texts)
+    measured["length"] = sum(s["length"] for s in samples) / len(samples)
+    return measured
+
+
+def printable(text: str) -> str:
+    """Model text for the terminal: control and direction characters, which could rewrite the screen, are made visible."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)
+
+
+def report(trainer: GRPOTrainer, before: list[dict[str, Any]], seconds: float) -> None:
+    """The table at the end, summary.json, and learning_curve.png where matplotlib is installed."""
+    folder, summary = Path(str(trainer.args.output_dir)), {"seed": trainer.args.seed, "seconds": seconds, "step": trainer.step}
+    if before and trainer.eval_dataset:
+        rows = [measure(samples, trainer.eval_dataset) for samples in (before, trainer.eval_samples)]
+        print(f"\n{len(before)} held-out problems    before     after")
+        for name, show in (("accuracy", "{:.1%}"), ("think_rate", "{:.1%}"), ("length", "{:.1f}")):
+            if name in rows[0]:
+                summary |= {f"{name}_before": rows[0][name], f"{name}_after": rows[1][name]}
+                print(f"{name:<22} {show.format(rows[0][name]):>9} {show.format(rows[1][name]):>9}")
+        shown = before[0]["prompt"] if isinstance(before[0]["prompt"], str) else before[0]["prompt"][-1]["content"]
+        print(f"\nprompt   {printable(shown)[:500]}")
+        print(f"before   {printable(before[0]['completion'])[:500]}")
+        print(f"after    {printable(trainer.eval_samples[0]['completion'])[:500]}")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    draw_curve(folder)
+    print(f"\n{trainer.step} updates in {seconds:.0f} s; adapter, metrics and completions are in {folder}/")
+
+
+def draw_curve(folder: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, names in zip(axes, (("reward", "eval_reward"), ("completions/mean_length",)), strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axis.plot(*zip(*points, strict=True), marker="o" if name.startswith("eval") else "", label=name) if points else None
+        axis.set_xlabel("update")
+        axis.legend()
+    figure.savefig(folder / "learning_curve.png", dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done or stopped on request, 1 the run failed, 2 bad input."""
+    started = time.perf_counter()
+    try:
+        trainer = prepare(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def stop(signum: int, frame: Any) -> None:
+        trainer.stop = True
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    out = trainer.args.output_dir
+    print(f"writing to {out}/", file=sys.stderr)
+    try:
+        trainer.train()
+    except (RewardError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if trainer.stop and trainer.step < trainer.args.max_steps:
+        print(f"stopped after update {trainer.step}; go on with the same command and --output_dir {out} --resume")
+        return 0
+    report(trainer, trainer.first_samples, time.perf_counter() - started)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
