@@ -44,22 +44,28 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, LlamaConfig, get_scheduler
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lora import LoRAConfig, LoRALinear, TrainedCopy, apply_lora, load_lora, lora_disabled, lora_merged, lora_snapshot
-from lora import param_groups, save_lora
-from rewards import accuracy_reward, completion_text, load_reward, sum_completion, sum_problems
+from lora import (
+    LoRAConfig,
+    LoRALinear,
+    TrainedCopy,
+    apply_lora,
+    load_lora,
+    lora_disabled,
+    lora_merged,
+    lora_snapshot,
+    param_groups,
+    save_lora,
+)
+from rewards import accuracy_reward, load_reward, sum_completion, sum_problems
 
 # ------------------------------------------------------------------------------------------- the family, as a table
 
+# fmt: off
 AGGREGATION = {  # loss_type -> how per-token losses become one number; see grpo_loss
-    "grpo": "sequence",
-    "sapo": "sequence",
-    "dapo": "token",
-    "bnpo": "token",
-    "cispo": "token",
-    "vespo": "token",
-    "dr_grpo": "constant",
-    "luspo": "row_sum",
+    "grpo": "sequence", "sapo": "sequence", "dapo": "token", "bnpo": "token", "cispo": "token", "vespo": "token",
+    "dr_grpo": "constant", "luspo": "row_sum",
 }
+# fmt: on
 
 
 class Variant(NamedTuple):
@@ -69,27 +75,31 @@ class Variant(NamedTuple):
     source: str
 
 
+_SEQUENCE = {"importance_sampling_level": "sequence"}
+# fmt: off
 VARIANTS = {
-    "grpo": Variant(
-        {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}, "Shao et al. 2024, DeepSeekMath, eq. 3"
-    ),
+    "grpo": Variant({"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}, "Shao et al. 2024, eq. 3"),
     "dr_grpo": Variant({"loss_type": "dr_grpo", "scale_rewards": "none"}, "Liu et al. 2025, R1-Zero, section 3.2"),
-    "dapo": Variant({"loss_type": "dapo", "epsilon_high": 0.28}, "Yu et al. 2025, DAPO, eq. 8 and section 4.1"),
-    "gspo": Variant(
-        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
-        "Zheng et al. 2025, GSPO, eq. 5 and section 5.1",
-    ),
-    "cispo": Variant({"loss_type": "cispo", "epsilon_high": 5.0}, "MiniMax 2025, M1, eq. 4; the cap is ScaleRL's (2025)"),
+    "dapo": Variant({"loss_type": "dapo", "epsilon_high": 0.28}, "Yu et al. 2025, DAPO, eq. 8"),
+    "gspo": Variant({"loss_type": "grpo", **_SEQUENCE, "epsilon": 3e-4, "epsilon_high": 4e-4}, "Zheng et al. 2025, GSPO"),
+    "cispo": Variant({"loss_type": "cispo", "epsilon_high": 5.0}, "MiniMax 2025, M1, eq. 4; cap from ScaleRL, 2025"),
     "sapo": Variant({"loss_type": "sapo"}, "Gao et al. 2025, Soft Adaptive Policy Optimization, eq. 6"),
-    "luspo": Variant(
-        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 2e-3, "epsilon_high": 2.5e-3},
-        "Liu et al. 2026, Length-Unbiased Sequence Policy Optimization; epsilons as in TRL's paper index",
-    ),
+    "luspo": Variant({"loss_type": "luspo", **_SEQUENCE, "epsilon": 2e-3, "epsilon_high": 2.5e-3}, "Liu et al. 2026, LUSPO"),
     "vespo": Variant({"loss_type": "vespo"}, "Shen et al. 2026, VESPO"),
     "gdpo": Variant({"multi_objective_aggregation": "normalize_then_sum"}, "Liu et al. 2026, GDPO"),
     "lite_ppo": Variant({"loss_type": "dapo", "scale_rewards": "batch"}, "Liu et al. 2025, Tricks or Traps, section 5"),
     "top_entropy": Variant({"top_entropy_quantile": 0.2}, "Wang et al. 2025, Beyond the 80/20 Rule, eq. 4"),
 }
+# fmt: on
+
+
+SCHEDULES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "inverse_sqrt",
+)  # those that need nothing but a warm-up
 
 
 def _setting(default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
@@ -103,14 +113,18 @@ class GRPOConfig:
     ValueError, in one line, for a value that cannot work.
     """
 
-    output_dir: str | None = _setting(None, "Folder for the run's files. None: no files (command line: a new one in runs/).")
+    output_dir: str | None = _setting(
+        None, "Folder for the run's files. None: no files (command line: a new one in runs/)."
+    )
     resume: bool = _setting(False, "Go on from the newest intact checkpoint in output_dir.")
     seed: int = _setting(0, "Seed of everything random: data order, adapter, sampling.")
     max_steps: int = _setting(100, "Optimiser updates.")
     # the batch
     prompts_per_step: int = _setting(8, "Prompts in one optimiser batch.")
     num_generations: int = _setting(8, "Completions of each prompt: the group, G.")
-    per_device_train_batch_size: int = _setting(8, "Rows per micro-batch, in whole groups. Changes memory, not gradients.")
+    per_device_train_batch_size: int = _setting(
+        8, "Rows per micro-batch, in whole groups. Changes memory, not gradients."
+    )
     max_completion_length: int = _setting(256, "Longest completion, in tokens.")
     temperature: float = _setting(1.0, "Of sampling and of scoring: the policy is softmax(logits / temperature).")
     system_prompt: str | None = _setting(None, "Put before every prompt; a text prompt then becomes a chat message.")
@@ -118,11 +132,15 @@ class GRPOConfig:
     loss_type: str = _setting("dapo", "Surrogate and aggregation; see grpo_loss.", tuple(AGGREGATION))
     importance_sampling_level: str = _setting("token", "One ratio a token, or one a row.", ("token", "sequence"))
     epsilon: float = _setting(0.2, "The ratio is clipped below at 1 - epsilon.")
-    epsilon_high: float | None = _setting(None, "And above at 1 + epsilon_high (None: epsilon); cispo: the absolute cap.")
+    epsilon_high: float | None = _setting(
+        None, "And above at 1 + epsilon_high (None: epsilon); cispo: the absolute cap."
+    )
     delta: float | None = _setting(None, "Upper bound of the unclipped ratio (two-sided clipping, INTELLECT-2).")
     sapo_temperature_pos: float = _setting(1.0, "sapo's tau where the advantage is positive.")
     sapo_temperature_neg: float = _setting(1.05, "sapo's tau elsewhere.")
-    scale_rewards: str = _setting("group", "What advantages are divided by: a std, or nothing.", ("group", "batch", "none"))
+    scale_rewards: str = _setting(
+        "group", "What advantages are divided by: a std, or nothing.", ("group", "batch", "none")
+    )
     reward_weights: list[float] | None = _setting(None, "A weight for each reward function. None: all 1.")
     multi_objective_aggregation: str = _setting(
         "sum_then_normalize", "Order of the two with several rewards.", ("sum_then_normalize", "normalize_then_sum")
@@ -137,7 +155,7 @@ class GRPOConfig:
     learning_rate: float = _setting(1e-4, "Peak learning rate of the adapter.")
     lora_plus_ratio: float = _setting(1.0, "LoRA+: B's learning rate over A's.")
     modules_to_save_learning_rate: float | None = _setting(None, "For parameters trained in full. None: learning_rate.")
-    lr_scheduler_type: str = _setting("constant_with_warmup", "Any schedule of transformers.get_scheduler.")
+    lr_scheduler_type: str = _setting("constant_with_warmup", "Schedule of the learning rate.", SCHEDULES)
     warmup_steps: int = _setting(0, "Updates over which the learning rate rises to its peak.")
     weight_decay: float = _setting(0.0, "AdamW's.")
     max_grad_norm: float = _setting(1.0, "Gradients are scaled down to this norm.")
@@ -150,23 +168,31 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value, allowed = getattr(self, f.name), f.metadata.get("choices")
-            if allowed and value not in allowed:
-                near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{f.name}: {value!r} is not known, did you mean {near!r}? (all: {', '.join(allowed)})")
-        at_least = {"max_steps": 0, "prompts_per_step": 1, "num_generations": 2, "per_device_train_batch_size": 1}
-        at_least |= {"max_completion_length": 1, "epsilon": 0, "beta": 0, "num_iterations": 1, "learning_rate": 0}
-        at_least |= {"warmup_steps": 0, "weight_decay": 0, "save_steps": 0, "num_completions_to_log": 0, "lora_plus_ratio": 0}
-        for name, low in at_least.items():
-            if not getattr(self, name) >= low or getattr(self, name) == math.inf:
-                why = " (an advantage compares completions of one prompt)" if name == "num_generations" else ""
-                raise ValueError(f"{name} = {getattr(self, name)}: must be finite and at least {low}{why}")
-        above_zero = ["temperature", "max_grad_norm", "sapo_temperature_pos", "sapo_temperature_neg", "top_entropy_quantile"]
-        above_zero += [name for name in ("epsilon_high", "delta", "eval_steps", "save_total_limit") if getattr(self, name) is not None]
-        for name in above_zero:
-            if not 0 < getattr(self, name) < math.inf:
-                why = " (greedy sampling gives a group of equal completions)" if name == "temperature" else ""
-                raise ValueError(f"{name} = {getattr(self, name)}: must be finite and above 0{why}")
+            if "choices" in f.metadata:
+                known(getattr(self, f.name), f.metadata["choices"], f.name)
+        zero = ["max_steps", "epsilon", "beta", "learning_rate", "lora_plus_ratio", "warmup_steps", "weight_decay"]
+        zero += ["save_steps", "num_completions_to_log"]
+        one = ["prompts_per_step", "per_device_train_batch_size", "max_completion_length", "num_iterations"]
+        lowest = dict.fromkeys(zero, 0) | dict.fromkeys(one, 1) | {"num_generations": 2}
+        above_zero = ["temperature", "max_grad_norm", "sapo_temperature_pos", "sapo_temperature_neg", "epsilon_high"]
+        above_zero += [
+            "top_entropy_quantile",
+            "delta",
+            "eval_steps",
+            "save_total_limit",
+            "modules_to_save_learning_rate",
+        ]
+        why = {
+            "num_generations": " (an advantage compares completions of one prompt)",
+            "temperature": " (greedy sampling gives a group of equal completions)",
+        }
+        for name in [*lowest, *above_zero]:
+            value = getattr(self, name)
+            if value is not None and not (
+                0 < value < math.inf if name in above_zero else lowest[name] <= value < math.inf
+            ):
+                bound = f"at least {lowest[name]}" if name in lowest else "above 0"
+                raise ValueError(f"{name} = {value}: must be finite and {bound}{why.get(name, '')}")
         if self.epsilon > 1 and self.loss_type not in ("cispo", "sapo", "vespo"):
             raise ValueError(f"epsilon = {self.epsilon}: 1 - epsilon bounds a ratio, so at most 1")
         if self.top_entropy_quantile > 1:
@@ -176,11 +202,16 @@ class GRPOConfig:
         if self.delta is not None and self.loss_type in ("cispo", "sapo", "vespo"):
             raise ValueError(f"delta: has no meaning with loss_type {self.loss_type!r}, which does not clip")
         if self.max_steps % self.num_iterations:
-            raise ValueError(f"max_steps = {self.max_steps}: must be a multiple of num_iterations = {self.num_iterations}")
-        try:
-            transformers.SchedulerType(self.lr_scheduler_type)
-        except ValueError as error:
-            raise ValueError(f"lr_scheduler_type: {error}") from None
+            raise ValueError(
+                f"max_steps = {self.max_steps}: must be a multiple of num_iterations = {self.num_iterations}"
+            )
+
+
+def known(value: Any, allowed: Iterable[str], what: str) -> None:
+    """ValueError, naming the nearest allowed value, for one that is not allowed."""
+    if value not in (allowed := list(allowed)):
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{what}: {value!r} is not known, did you mean {near!r}? (all: {', '.join(allowed)})")
 
 
 # ----------------------------------------------------------------------------------------------------- the objective
@@ -223,7 +254,12 @@ def combine_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
 
 
 def multi_objective_advantages(
-    rewards: Tensor, weights: Tensor, *, aggregation: str = "sum_then_normalize", scale: str = "group", eps: float = 1e-4
+    rewards: Tensor,
+    weights: Tensor,
+    *,
+    aggregation: str = "sum_then_normalize",
+    scale: str = "group",
+    eps: float = 1e-4,
 ) -> Tensor:
     """Advantages from several reward functions.    rewards: (P, G, K), weights: (K,) -> (P, G)
 
@@ -243,7 +279,9 @@ def completion_mask(completion_ids: Tensor, eos_token_ids: Sequence[int]) -> Ten
     Never made from padding: where pad and EOS are one token, that would mask the EOS the policy chose, and it would
     not learn to stop. `eos_token_ids`: all of them (a model may have several), or [] for none.
     """
-    is_eos = torch.isin(completion_ids, torch.tensor(list(eos_token_ids), dtype=torch.long, device=completion_ids.device))
+    is_eos = torch.isin(
+        completion_ids, torch.tensor(list(eos_token_ids), dtype=torch.long, device=completion_ids.device)
+    )
     return (is_eos.cumsum(dim=1) - is_eos.long()) == 0  # no EOS before this token
 
 
@@ -321,7 +359,7 @@ def grpo_loss(
         raise ValueError(f"importance_sampling_level = {importance_sampling_level!r}: must be 'token' or 'sequence'")
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError("epsilon_high: cispo needs its cap on the ratio, which is absolute (5.0 in its paper)")
-    if loss_type == "dr_grpo" and max_completion_length is None:
+    if loss_type == "dr_grpo" and not max_completion_length:
         raise ValueError("max_completion_length: dr_grpo divides by it")
     if beta and ref_logps is None:
         raise ValueError("ref_logps: needed for a KL penalty (beta > 0)")
@@ -330,7 +368,7 @@ def grpo_loss(
     logps, old_logps = torch.where(mask, logps, 0.0), torch.where(mask, old_logps, 0.0)  # not 0·NaN: nothing gets in
     m, A = mask.to(logps.dtype), advantages.unsqueeze(1)  # (B, T), (B, 1)
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-    high = 1 + (epsilon if epsilon_high is None else epsilon_high)
+    high = epsilon if epsilon_high is None else epsilon_high
 
     log_ratio = logps - old_logps
     if importance_sampling_level == "sequence":
@@ -339,7 +377,7 @@ def grpo_loss(
         ratio = log_ratio.exp()
 
     if loss_type == "cispo":
-        loss = -ratio.clamp(max=epsilon_high).detach() * A * logps
+        loss = -ratio.clamp(max=high).detach() * A * logps
     elif loss_type == "sapo":
         tau = torch.where(A > 0, sapo_temperature_pos, sapo_temperature_neg)
         loss = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * A
@@ -350,24 +388,25 @@ def grpo_loss(
         loss = -phi * A * logps
     else:
         bounded = ratio if delta is None else ratio.clamp(max=delta)
-        loss = -torch.min(bounded * A, ratio.clamp(1 - epsilon, high) * A)  # min for both signs of A: pessimistic
+        loss = -torch.min(bounded * A, ratio.clamp(1 - epsilon, 1 + high) * A)  # min for both signs of A: pessimistic
     if policy_mask is not None:
         loss = loss * policy_mask
 
     stats = {}
     if beta:
-        kl = kl_penalty(logps, torch.where(mask, ref_logps, 0.0), estimator=kl_estimator)  # type: ignore[arg-type]
+        assert ref_logps is not None
+        kl = kl_penalty(logps, torch.where(mask, ref_logps, 0.0), estimator=kl_estimator)
         if use_bias_correction_kl:
             kl = kl * ratio
         loss = loss + beta * kl
         stats["kl"] = kl
     if loss_type == "cispo":
-        stats["cispo_clip_ratio"] = (ratio > epsilon_high) & (A > 0)
+        stats["cispo_clip_ratio"] = (ratio > high) & (A > 0)
     elif loss_type == "vespo":
         stats["vespo/phi_seq_mean"] = phi.expand(B, T)
     elif loss_type != "sapo":
         stats["clip_ratio/low_mean"] = (ratio < 1 - epsilon) & (A < 0)
-        stats["clip_ratio/high_mean"] = (ratio > high) & (A > 0)
+        stats["clip_ratio/high_mean"] = (ratio > 1 + high) & (A > 0)
         stats["clip_ratio/region_mean"] = stats["clip_ratio/low_mean"] | stats["clip_ratio/high_mean"]
 
     loss, tokens = loss * m, m.sum().clamp(min=1)
@@ -376,7 +415,7 @@ def grpo_loss(
     if aggregation == "sequence":
         loss = loss / lengths
     elif aggregation == "constant":
-        loss = loss / max_completion_length
+        loss = loss / (max_completion_length or 1)
     return loss.sum() / count, {key: ((x.detach() * m).sum() / tokens).item() for key, x in stats.items()}
 
 
@@ -413,18 +452,28 @@ class CausalLM:
     of its own. ValueError for models that this cannot be right for.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft.PeftModel has one
+    def __init__(self, model: Any) -> None:
+        self.core: Any = (
+            model.get_base_model() if hasattr(model, "get_base_model") else model
+        )  # a peft.PeftModel has one
         for name, config in getattr(model, "peft_config", {}).items():
             if config.is_prompt_learning:
                 kind = f"{type(config).__name__} (adapter {name!r})"
-                raise ValueError(f"{kind} adds virtual tokens outside the inner model; use LoRA or another weight-based method")
+                raise ValueError(
+                    f"{kind} adds virtual tokens outside the inner model; use LoRA or another weight-based method"
+                )
         if getattr(self.core.config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(self.core).__name__} is an encoder-decoder; a causal (decoder-only) model is needed")
+            raise ValueError(
+                f"{type(self.core).__name__} is an encoder-decoder; a causal (decoder-only) model is needed"
+            )
         self.decoder = self.core.get_decoder()
-        self.places = [m._modules for m in self.core.modules() for child in m._modules.values() if child is self.decoder]
+        self.places = [
+            m._modules for m in self.core.modules() for child in m._modules.values() if child is self.decoder
+        ]
         if not self.places:
-            raise ValueError(f"{type(self.core).__name__}: its decoder cannot be told from its head; is it a causal LM?")
+            raise ValueError(
+                f"{type(self.core).__name__}: its decoder cannot be told from its head; is it a causal LM?"
+            )
         accepted = inspect.signature(self.decoder.forward).parameters
         self.takes_positions = "position_ids" in accepted  # models with ALiBi read positions off the mask instead
         self.takes_cache = "past_key_values" in accepted and not getattr(self.core, "_is_stateful", False)
@@ -608,7 +657,9 @@ class _TokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], T: float, chunk: int) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], T: float, chunk: int
+    ) -> Any:
         logps, entropies, slopes = [], [], []
         for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
@@ -655,14 +706,20 @@ def completion_logps(
     checkpointed = any(getattr(m, "gradient_checkpointing", False) and m.training for m in lm.core.modules())
     share = share_prompt and lm.takes_cache and not (checkpointed and torch.is_grad_enabled())
     rows = []
-    for block in lm.blocks(len(rollout.prompt_ids)) if share else [slice(p, p + 1) for p in range(len(rollout.prompt_ids))]:
+    for block in (
+        lm.blocks(len(rollout.prompt_ids)) if share else [slice(p, p + 1) for p in range(len(rollout.prompt_ids))]
+    ):
         columns = rollout.prompt_mask[block].any(dim=0)
         prompt, prompt_mask = rollout.prompt_ids[block][:, columns], rollout.prompt_mask[block][:, columns]  # (p, L)
-        inputs = rollout.completion_ids[block.start * G : block.stop * G, :-1]  # (p·G, T - 1); the last predicts nothing
+        inputs = rollout.completion_ids[
+            block.start * G : block.stop * G, :-1
+        ]  # (p·G, T - 1); the last predicts nothing
         seen = torch.cat([prompt_mask.repeat_interleave(G, dim=0), torch.ones_like(inputs, dtype=torch.bool)], dim=1)
         if share:
             cache = lm.new_cache()
-            hidden = lm.hidden(prompt, prompt_mask, cache)[:, -1:].repeat_interleave(G, dim=0)  # predicts the first token
+            hidden = lm.hidden(prompt, prompt_mask, cache)[:, -1:].repeat_interleave(
+                G, dim=0
+            )  # predicts the first token
             if inputs.shape[1]:
                 cache.batch_repeat_interleave(G)
                 hidden = torch.cat([hidden, lm.hidden(inputs, seen, cache)], dim=1)
@@ -744,7 +801,9 @@ class GRPOTrainer:
             raise ValueError("the model has no trainable parameter: call apply_lora (or peft's get_peft_model) first")
         dropout = [m for name, m in model.named_modules() if "lora_dropout" in name and getattr(m, "p", 0) > 0]
         if dropout and args.num_iterations > 1:
-            raise ValueError("lora_dropout with num_iterations > 1: old and new log-probs would differ by the dropout; use 0")
+            raise ValueError(
+                "lora_dropout with num_iterations > 1: old and new log-probs would differ by the dropout; use 0"
+            )
         self.reference = reference or default_reference(model)
         if args.gradient_checkpointing:
             lm.core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -752,7 +811,9 @@ class GRPOTrainer:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
         dense = [m.base_layer.weight.dtype for m in model.modules() if isinstance(m, LoRALinear)]
-        self.merges = bool(dense) and all(d in (torch.float32, torch.float64) for d in dense)  # half precision would round
+        self.merges = bool(dense) and all(
+            d in (torch.float32, torch.float64) for d in dense
+        )  # half precision would round
         self.objective = {
             name: getattr(args, name) for name in inspect.signature(grpo_loss).parameters if hasattr(args, name)
         }
@@ -810,7 +871,9 @@ class GRPOTrainer:
     def sample(self, rows: Sequence[dict[str, Any]], num_generations: int) -> Rollout:
         """Completions from the policy as it is. Adapters are merged into dense weights meanwhile, where that is exact."""
         prompts = [torch.tensor(encode_prompt(row["prompt"], self.tokenizer, self.args.system_prompt)) for row in rows]
-        ids = pad_sequence([p.flip(0) for p in prompts], batch_first=True, padding_value=-1).flip(1)  # (P, L), left-padded
+        ids = pad_sequence([p.flip(0) for p in prompts], batch_first=True, padding_value=-1).flip(
+            1
+        )  # (P, L), left-padded
         ids = ids.to(next(iter(self.params.values())).device)
         with lora_merged(self.model) if self.merges else contextlib.nullcontext():
             return generate(
@@ -833,7 +896,10 @@ class GRPOTrainer:
         G, prompts = rollout.num_generations, [row["prompt"] for row in rows]
         ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        columns = {key: [row.get(key) for row in rows for _ in range(G)] for key in dict.fromkeys(k for row in rows for k in row)}
+        columns: dict[str, Any] = {
+            key: [row.get(key) for row in rows for _ in range(G)]
+            for key in dict.fromkeys(k for row in rows for k in row)
+        }
         columns["prompts"] = columns.pop("prompt")  # each prompt G times, as its completions lie: not the list G times
         columns["completions"] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -856,7 +922,9 @@ class GRPOTrainer:
             | {name: values[i] for name, values in extra.items()}
             for i in range(len(texts))
         ]
-        by_function = torch.tensor([[math.nan if r is None else r for r in s] for s in scores.values()], dtype=torch.float64)
+        by_function = torch.tensor(
+            [[math.nan if r is None else r for r in s] for s in scores.values()], dtype=torch.float64
+        )
         return by_function.T.reshape(len(rows), G, -1)
 
     def ended(self, rollout: Rollout) -> Tensor:
@@ -962,7 +1030,9 @@ class GRPOTrainer:
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.step // every > (self.step - self.args.num_iterations) // every  # type: ignore[operator]
 
-    def summarize(self, samples: list[dict[str, Any]], rewards: Tensor, advantages: Tensor | None = None) -> dict[str, Any]:
+    def summarize(
+        self, samples: list[dict[str, Any]], rewards: Tensor, advantages: Tensor | None = None
+    ) -> dict[str, Any]:
         """TRL's metrics of a batch of completions and their rewards (P, G, K)."""
         total = combine_rewards(rewards, self.reward_weights)  # (P, G)
         lengths = torch.tensor([float(s["length"]) for s in samples])
@@ -1017,7 +1087,9 @@ def default_reference(model: nn.Module) -> Callable[[], Any]:
     covered = {id(p) for m in model.modules() if isinstance(m, LoRALinear | TrainedCopy) for p in m.parameters()}
     fresh = all(not m.lora_B.weight.any() for m in model.modules() if isinstance(m, LoRALinear))
     copies = [m for m in model.modules() if isinstance(m, TrainedCopy)]
-    fresh &= all(torch.equal(a, b) for m in copies for a, b in zip(m.trained.parameters(), m.original.parameters(), strict=True))
+    fresh &= all(
+        torch.equal(a, b) for m in copies for a, b in zip(m.trained.parameters(), m.original.parameters(), strict=True)
+    )
     if fresh and covered and all(id(p) in covered for p in model.parameters() if p.requires_grad):
         return lambda: lora_disabled(model)
     return lora_snapshot(model)
@@ -1032,7 +1104,9 @@ def reward_weights(args: GRPOConfig, funcs: Sequence[Any]) -> list[float]:
         raise ValueError("rewards: at least one reward function is needed")
     weights = args.reward_weights or [1.0] * len(funcs)
     if len(weights) != len(funcs) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"reward_weights: {weights} for {len(funcs)} reward functions; one finite number each is needed")
+        raise ValueError(
+            f"reward_weights: {weights} for {len(funcs)} reward functions; one finite number each is needed"
+        )
     return list(weights)
 
 
@@ -1069,7 +1143,9 @@ def encode_prompt(prompt: Any, tokenizer: Any, system_prompt: str | None = None)
     if system_prompt is not None:
         prompt = [{"role": "system", "content": system_prompt}, *prompt]
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the prompt is a chat, and the tokenizer has no chat template: use text prompts with this model")
+        raise ValueError(
+            "the prompt is a chat, and the tokenizer has no chat template: use text prompts with this model"
+        )
     goes_on = prompt[-1]["role"] == "assistant"  # an answer begun in the data is continued
     text = tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
@@ -1107,7 +1183,9 @@ def read_jsonl(path: str | Path) -> tuple[list[dict[str, Any]], list[int]]:
     return rows, lines
 
 
-def check_rows(rows: Sequence[dict[str, Any]], reward_funcs: Sequence[Any], where: Callable[[int], str] | None = None) -> None:
+def check_rows(
+    rows: Sequence[dict[str, Any]], reward_funcs: Sequence[Any], where: Callable[[int], str] | None = None
+) -> None:
     """ValueError for the first row whose prompt cannot be used, or that lacks a column a reward needs."""
     where = where or (lambda i: f"dataset row {i}")
     given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -1133,7 +1211,11 @@ def check_rows(rows: Sequence[dict[str, Any]], reward_funcs: Sequence[Any], wher
 
 
 def check_lengths(
-    rows: Sequence[dict[str, Any]], tokenizer: Any, args: GRPOConfig, window: float, where: Callable[[int], str] | None = None
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    args: GRPOConfig,
+    window: float,
+    where: Callable[[int], str] | None = None,
 ) -> None:
     """ValueError for the first prompt that is empty, or leaves no room for a completion in the model's window."""
     where = where or (lambda i: f"dataset row {i}")
@@ -1149,7 +1231,15 @@ def check_lengths(
 
 # ------------------------------------------------------------------------------------------- a run's files, checkpoints
 
-MAY_CHANGE = {"output_dir", "resume", "max_steps", "eval_steps", "save_steps", "save_total_limit", "num_completions_to_log"}
+MAY_CHANGE = {
+    "output_dir",
+    "resume",
+    "max_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "num_completions_to_log",
+}
 
 
 def check_output_dir(args: GRPOConfig) -> None:
@@ -1159,7 +1249,9 @@ def check_output_dir(args: GRPOConfig) -> None:
         held = [n for n in ("metrics.jsonl", "adapter", "summary.json") if (Path(args.output_dir) / n).exists()]
         held += [p.name for p in Path(args.output_dir).glob("checkpoint-*")]
         if held:
-            raise ValueError(f"output_dir: {args.output_dir} holds another run ({held[0]}); resume it, or name a new folder")
+            raise ValueError(
+                f"output_dir: {args.output_dir} holds another run ({held[0]}); resume it, or name a new folder"
+            )
 
 
 def to_json(value: Any) -> str:
@@ -1232,7 +1324,11 @@ def _identity(trainer: GRPOTrainer) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     return versions | {"machine": platform.machine(), "threads": torch.get_num_threads()}
 
 
@@ -1250,7 +1346,10 @@ def save_checkpoint(trainer: GRPOTrainer) -> Path:
         trainable = {name: p.detach().cpu().contiguous() for name, p in trainer.params.items()}
         save_file(trainable, scratch / "trainable.safetensors")
         if isinstance(trainer.reference, lora_snapshot):
-            save_file({n: t.cpu().contiguous() for n, t in trainer.reference.tensors.items()}, scratch / "reference.safetensors")
+            save_file(
+                {n: t.cpu().contiguous() for n, t in trainer.reference.tensors.items()},
+                scratch / "reference.safetensors",
+            )
         optimizer = {"optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.scheduler.state_dict()}
         torch.save(optimizer, scratch / "optimizer.pt")
         state = {"step": trainer.step, "tokens": trainer.tokens, "run": _identity(trainer), "made_with": _machine()}
@@ -1325,7 +1424,9 @@ def load_checkpoint(trainer: GRPOTrainer) -> int:
                 parameter.copy_(trainable[name])
         if (folder / "reference.safetensors").exists():
             snapshot = lora_snapshot(trainer.model)
-            snapshot.tensors = {n: t.to(trainer.params[n].device) for n, t in load_file(folder / "reference.safetensors").items()}
+            snapshot.tensors = {
+                n: t.to(trainer.params[n].device) for n, t in load_file(folder / "reference.safetensors").items()
+            }
             trainer.reference = snapshot
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
         trainer.optimizer.load_state_dict(optimizer["optimizer"])
@@ -1340,7 +1441,7 @@ def load_checkpoint(trainer: GRPOTrainer) -> int:
 # ------------------------------------------------------------------------------------------------------------ the demo
 
 DEMO_SETTINGS = {  # what `python grpo_lora.py` does, unless told otherwise
-    "max_steps": 20,
+    "max_steps": 50,
     "prompts_per_step": 16,
     "num_generations": 16,
     "per_device_train_batch_size": 128,
@@ -1353,7 +1454,7 @@ DEMO_SETTINGS = {  # what `python grpo_lora.py` does, unless told otherwise
 }
 
 
-def make_demo_model(directory: Path, steps: int = 400) -> None:
+def make_demo_model(directory: Path, steps: int = 600) -> None:
     """Pre-train a tiny chat model on sums of three digits, with two habits: to answer at once, mostly wrong, and to think
     first, which comes out right. It prefers the first. GRPO will find out that the second pays.
 
@@ -1384,12 +1485,12 @@ def make_demo_model(directory: Path, steps: int = 400) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = get_scheduler("cosine", optimizer, steps // 10, steps)
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: int(torch.randint(n, (1,), generator=generator))  # noqa: E731
+    draw = lambda n: int(torch.randint(n, (1,), generator=generator))
     for _ in tqdm(range(steps), desc="pre-training the demo's base model", unit="batch", disable=None):
         rows, labels = [], []
         for _ in range(128):
             i = draw(len(problems))
-            think, right = draw(100) < 30, draw(100) < 30
+            think, right = draw(100) < 30, draw(100) < 20
             reply = sum_completion(problems[i], think, None if think or right else draw(28))
             ids = tokenizer(reply, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
             rows.append(torch.tensor(prompts[i] + ids))
@@ -1419,22 +1520,15 @@ DEMO_HELD_OUT = 200  # of the 1000 problems; neither pre-training nor GRPO sees 
 class ScriptArguments:
     """What to train on what."""
 
-    model: str | None = field(default=None, metadata={"help": "Model folder or hub id. None: the built-in demo."})
-    data: str | None = field(
-        default=None, metadata={"help": "JSONL: a `prompt` (text, or chat messages) and any columns the rewards use."}
-    )
-    eval_data: str | None = field(default=None, metadata={"help": "JSONL of held-out problems."})
-    eval_size: int = field(default=0, metadata={"help": "Without eval_data: hold out so many of the last rows of data."})
-    rewards: str = field(
-        default="accuracy",
-        metadata={"help": "Reward functions, comma-separated: names (see rewards.py), file.py:function, module:function."},
-    )
-    variant: str | None = field(
-        default=None, metadata={"help": f"A paper's settings, which flags then override: {', '.join(VARIANTS)}."}
-    )
-    adapter: str | None = field(default=None, metadata={"help": "Saved adapter to go on training. None: a new one."})
-    dtype: str = field(default="float32", metadata={"help": "Of the base weights: float32, bfloat16, float16. Adapters are float32."})
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, mps, ...; auto: cuda where there is one."})
+    model: str | None = _setting(None, "Model folder or hub id. None: the built-in demo.")
+    data: str | None = _setting(None, "JSONL: a `prompt` (text, or chat messages) and any columns the rewards use.")
+    eval_data: str | None = _setting(None, "JSONL of held-out problems.")
+    eval_size: int = _setting(0, "Without eval_data: hold out so many of the last rows of data.")
+    rewards: str = _setting("accuracy", "Comma-separated: names (see rewards.py), file.py:function, module:function.")
+    variant: str | None = _setting(None, f"A paper's settings, which flags then override: {', '.join(VARIANTS)}.")
+    adapter: str | None = _setting(None, "Saved adapter to go on training. None: a new one.")
+    dtype: str = _setting("float32", "Of the base weights; adapters are float32.", ("float32", "bfloat16", "float16"))
+    device: str = _setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: cuda where there is one.")
 
 
 LEFT_OUT = {  # settings of TRL's that we lack, and what to do
@@ -1463,14 +1557,16 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
         elif action.dest == "init_lora_weights":
             action.type = lambda text: text.lower() == "true" or text
         elif action.dest == "target_modules":  # q_proj,v_proj are names; anything else is a shorthand or a regex
-            action.nargs, action.type = None, lambda text: text.split(",") if text.replace(",", "").isidentifier() else text
+            action.nargs, action.type = (
+                None,
+                lambda text: text.split(",") if text.replace(",", "").isidentifier() else text,
+            )
     parser.set_defaults(target_modules="all-linear", r=16, lora_alpha=32)
     first, unknown = parser.parse_known_args(argv)
     for flag in (text.lstrip("-").partition("=")[0] for text in unknown if text.startswith("--")):
         if flag in LEFT_OUT:
             raise ValueError(f"--{flag} is left out here: {LEFT_OUT[flag]}")
-        near = difflib.get_close_matches(flag, [a.dest for a in parser._actions], n=1, cutoff=0.0)[0]
-        raise ValueError(f"--{flag} is not known, did you mean --{near}? (--help shows all)")
+        known(flag, [action.dest for action in parser._actions], "command line")
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not expected here (--help shows all settings)")
     if first.model is None:
@@ -1480,9 +1576,7 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
     elif not first.data:
         raise ValueError("--model needs --data, a JSONL file with a `prompt` in each line")
     if first.variant:
-        if first.variant not in VARIANTS:
-            near = difflib.get_close_matches(first.variant, VARIANTS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"--variant {first.variant!r} is not known, did you mean {near!r}? (all: {', '.join(VARIANTS)})")
+        known(first.variant, VARIANTS, "--variant")
         parser.set_defaults(**VARIANTS[first.variant].settings)
     script, lora, args = parser.parse_args_into_dataclasses(argv)
     return script, lora, args
@@ -1494,10 +1588,10 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
     reward_funcs = [load_reward(spec) for spec in script.rewards.split(",") if spec.strip()]
     reward_weights(args, reward_funcs)
     check_output_dir(args)
-    if script.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {script.dtype!r}: must be float32, bfloat16 or float16")
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if script.device == "auto" else script.device)
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if script.device == "auto" else script.device
+        )
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {script.device}: {str(error).partition(chr(10))[0]}") from None
@@ -1506,16 +1600,18 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
         where = held_out_where = None
     else:
         train, lines = read_jsonl(str(script.data))
-        where = held_out_where = lambda i: f"{script.data}:{lines[i]}"  # noqa: E731
+        where = held_out_where = lambda i: f"{script.data}:{lines[i]}"
         held_out = []
         if script.eval_data:
             held_out, eval_lines = read_jsonl(script.eval_data)
-            held_out_where = lambda i: f"{script.eval_data}:{eval_lines[i]}"  # noqa: E731
+            held_out_where = lambda i: f"{script.eval_data}:{eval_lines[i]}"
         elif script.eval_size:
             if not 0 < script.eval_size < len(train):
-                raise ValueError(f"--eval_size {script.eval_size}: {script.data} has {len(train)} rows; some must be left to train on")
+                raise ValueError(
+                    f"--eval_size {script.eval_size}: {script.data} has {len(train)} rows; some must be left to train on"
+                )
             train, held_out = train[: -script.eval_size], train[-script.eval_size :]
-            held_out_where = lambda i: f"{script.data}:{lines[len(train) + i]}"  # noqa: E731
+            held_out_where = lambda i: f"{script.data}:{lines[len(train) + i]}"
     for rows, place in ((train, where), (held_out, held_out_where)):
         if rows or rows is train:
             check_rows(rows, reward_funcs, place)
@@ -1574,7 +1670,10 @@ def printable(text: str) -> str:
 
 def report(trainer: GRPOTrainer, before: list[dict[str, Any]], seconds: float) -> None:
     """The table at the end, summary.json, and learning_curve.png where matplotlib is installed."""
-    folder, summary = Path(str(trainer.args.output_dir)), {"seed": trainer.args.seed, "seconds": seconds, "step": trainer.step}
+    folder, summary = (
+        Path(str(trainer.args.output_dir)),
+        {"seed": trainer.args.seed, "seconds": seconds, "step": trainer.step},
+    )
     if before and trainer.eval_dataset:
         rows = [measure(samples, trainer.eval_dataset) for samples in (before, trainer.eval_samples)]
         print(f"\n{len(before)} held-out problems    before     after")
@@ -1604,7 +1703,9 @@ def draw_curve(folder: Path) -> None:
     for axis, names in zip(axes, (("reward", "eval_reward"), ("completions/mean_length",)), strict=True):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axis.plot(*zip(*points, strict=True), marker="o" if name.startswith("eval") else "", label=name) if points else None
+            axis.plot(
+                *zip(*points, strict=True), marker="o" if name.startswith("eval") else "", label=name
+            ) if points else None
         axis.set_xlabel("update")
         axis.legend()
     figure.savefig(folder / "learning_curve.png", dpi=120)

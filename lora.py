@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +52,8 @@ class LoRAConfig:
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023)."})
     use_dora: bool = field(default=False, metadata={"help": "Train magnitude and direction apart (Liu et al. 2024)."})
     init_lora_weights: bool | str = field(
-        default=True, metadata={"help": "True (uniform A, B = 0), 'gaussian' (normal A, B = 0) or 'pissa' (from the SVD)."}
+        default=True,
+        metadata={"help": "True (uniform A, B = 0), 'gaussian' (normal A, B = 0) or 'pissa' (from the SVD)."},
     )
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name or regex -> its own r."})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Likewise for lora_alpha."})
@@ -65,7 +66,10 @@ class LoRAConfig:
             raise ValueError(f"lora_dropout = {self.lora_dropout}: must be at least 0 and below 1")
         if self.bias != "none":
             raise ValueError(f"bias = {self.bias!r}: only 'none' is supported; name whole modules in modules_to_save")
-        if not any(self.init_lora_weights is v for v in (True,)) and self.init_lora_weights not in ("gaussian", "pissa"):
+        if not any(self.init_lora_weights is v for v in (True,)) and self.init_lora_weights not in (
+            "gaussian",
+            "pissa",
+        ):
             raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: must be True, 'gaussian' or 'pissa'")
 
 
@@ -189,7 +193,9 @@ class LoRALinear(_Switchable):
         ratio = self.lora_magnitude_vector / self._norm().detach()
         bias = self.base_layer.bias
         plain = result if bias is None else result - bias
-        if self.lora_dropout.training and isinstance(self.lora_dropout, nn.Dropout):  # then all of DoRA's part sees dropped inputs
+        if self.lora_dropout.training and isinstance(
+            self.lora_dropout, nn.Dropout
+        ):  # then all of DoRA's part sees dropped inputs
             x = self.lora_dropout(x)
             plain = F.linear(x, self._oriented(self._frozen()).to(x.dtype))
         return (result + (ratio - 1) * plain + ratio * self.lora_B(self.lora_A(x)) * self.scaling).to(dtype)
@@ -212,7 +218,7 @@ class TrainedCopy(_Switchable):
 # ------------------------------------------------------------------------------------------- apply, disable, merge
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+def apply_lora(model: Any, config: LoRAConfig) -> Any:
     """Put adapters into `model`, in place, and freeze the rest. Returns the same model.
 
     ValueError where a target, a module to save or a pattern matches nothing, with the names that would.
@@ -234,7 +240,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else [[t] for t in config.target_modules]
     candidates = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
     for want in wanted:
-        if want != "all-linear" and not any(_matches(name, want) for name in targets) or not targets:
+        if (want != "all-linear" and not any(_matches(name, want) for name in targets)) or not targets:
             shown = want if isinstance(want, str) else want[0]
             raise ValueError(f"target_modules: {shown!r} matches no linear layer of the model; it has {candidates}")
     for want_saved in config.modules_to_save or []:
@@ -243,7 +249,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
             raise ValueError(f"modules_to_save: {want_saved!r} matches no module of the model; it has {names}")
     for key in [*config.rank_pattern, *config.alpha_pattern]:
         if not any(_pattern_value({key: True}, name, False) for name in targets):
-            raise ValueError(f"rank_pattern or alpha_pattern: {key!r} matches no adapted module; there are {candidates}")
+            raise ValueError(
+                f"rank_pattern or alpha_pattern: {key!r} matches no adapted module; there are {candidates}"
+            )
 
     model.requires_grad_(False)
     for name in targets:
@@ -256,7 +264,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         _replace(model, name, layer.train(linear[name].training))
     for name in saved:
         _replace(model, name, TrainedCopy(modules[name]).train(modules[name].training))
-    model.lora_config = dataclasses.replace(config, target_modules=targets)  # type: ignore[assignment]
+    model.lora_config = dataclasses.replace(config, target_modules=targets)
     return model
 
 
@@ -289,9 +297,9 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 def lora_merged(model: nn.Module) -> Iterator[None]:
     """Within it each adapted layer is one dense product with W + s·B A, which is faster when nothing is learnt.
 
-    The base weights are not touched, so nothing has to be undone: an in-place merge moves tied embeddings along and drifts
-    by rounding (by 0.016 after 100 cycles in bf16). RuntimeError from a backward pass inside, or through what was computed inside:
-    its gradient would miss the adapter.
+    The base weights are not touched, so nothing has to be undone: an in-place merge moves tied embeddings along and
+    drifts by rounding (by 0.016 after 100 cycles in bf16). RuntimeError from a backward pass inside, or through what
+    was computed inside: its gradient would miss the adapter.
     """
 
     def refuse(gradient: Tensor) -> Tensor:
@@ -313,7 +321,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
                 layer.merged = before
 
 
-class lora_snapshot:  # noqa: N801 - used as a function: reference = lora_snapshot(model)
+class lora_snapshot:
     """The policy as it is now, frozen: `with snapshot(): ...` runs the model with the trainable weights of this moment.
 
     It is the reference for training that continues an adapter, and for full fine-tuning. It copies only what is
@@ -341,7 +349,7 @@ class lora_snapshot:  # noqa: N801 - used as a function: reference = lora_snapsh
                 module._parameters[name] = parameter
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: Any) -> Any:
     """Fold the adapter into the weights and remove it: a plain model again, all of it trainable. Returns the model.
 
     A head that was adapted and shared its weight with the embedding gets a weight of its own, and the config says so.
@@ -353,9 +361,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             _replace(model, name, module.base_layer)
         else:
             _replace(model, name, module.trained)
-    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
-        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:  # type: ignore[operator]
-            model.config.tie_word_embeddings = False
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
     del model.lora_config
     return model.requires_grad_(True)
 
@@ -389,7 +397,7 @@ IGNORED = {"base_model_name_or_path", "revision", "peft_version", "inference_mod
 
 def _file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's file keys -> our parameters."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, module in _adapters(model).items():
         if isinstance(module, LoRALinear):
             state = {key: value for key, value in module.named_parameters() if key in TRAINED}
@@ -399,12 +407,12 @@ def _file_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def save_lora(model: nn.Module, directory: str | Path) -> None:
+def save_lora(model: Any, directory: str | Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, which PeftModel.from_pretrained and load_lora read."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     adapters = _adapters(model).values()
-    config = dataclasses.asdict(model.lora_config) | {  # type: ignore[arg-type]
+    config = dataclasses.asdict(model.lora_config) | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -413,10 +421,12 @@ def save_lora(model: nn.Module, directory: str | Path) -> None:
     }
     tensors = {key: value.detach().contiguous().cpu() for key, value in _file_tensors(model).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (directory / "adapter_config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
-def load_lora(model: nn.Module, directory: str | Path) -> nn.Module:
+def load_lora(model: Any, directory: str | Path) -> Any:
     """Put a saved adapter, ours or PEFT's, on a base model, trainable. Returns the model.
 
     ValueError, naming file and module, for anything that does not fit. (PEFT loads what fits and leaves the rest at its
@@ -461,9 +471,9 @@ def read_lora_config(directory: str | Path) -> LoRAConfig:
     for key, value in raw.items():
         if key not in ours and key not in IGNORED and value and value != INACTIVE.get(key):
             raise ValueError(f"{file}: {key} = {value!r} is not supported here; load this adapter with peft")
+    if raw.get("init_lora_weights") is False:  # PEFT's "leave as allocated"; the file brings the weights
+        raw["init_lora_weights"] = True
     try:
         return LoRAConfig(**{key: value for key, value in raw.items() if key in ours and value is not None})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
-
-

@@ -177,7 +177,9 @@ def tag_count_reward(prompts: Any, completions: Any, **columns: Any) -> Rewards:
     return [sum(0.25 for tag in TAGS if completion_text(c).count(tag) == 1) for c in completions]
 
 
-_STEP = re.compile(r"^[ \t]{0,8}(?:Step [0-9]{1,9}:|[0-9]{1,9}[.)]|[-*])|\b(?:First|Second|Third|Next|Finally),", re.MULTILINE)
+_STEP = re.compile(
+    r"^[ \t]{0,8}(?:Step [0-9]{1,9}:|[0-9]{1,9}[.)]|[-*])|\b(?:First|Second|Third|Next|Finally),", re.MULTILINE
+)
 
 
 def reasoning_steps_reward(prompts: Any, completions: Any, **columns: Any) -> Rewards:
@@ -187,7 +189,11 @@ def reasoning_steps_reward(prompts: Any, completions: Any, **columns: Any) -> Re
 
 def _lengths(completions: Any, completion_ids: Any) -> list[int]:
     """In tokens where these are known (as in any trainer), else in characters."""
-    return [len(c) for c in completion_ids] if completion_ids is not None else [len(completion_text(c)) for c in completions]
+    return (
+        [len(c) for c in completion_ids]
+        if completion_ids is not None
+        else [len(completion_text(c)) for c in completions]
+    )
 
 
 def length_reward(
