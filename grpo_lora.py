@@ -783,18 +783,20 @@ class GRPOTrainer:
     ) -> None:
         funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         self.reward_funcs = [load_reward(f) if isinstance(f, str) else f for f in funcs]
+        names = [getattr(f, "__name__", type(f).__name__) for f in self.reward_funcs]
+        self.reward_names = [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
         self.reward_weights = torch.tensor(reward_weights(args, self.reward_funcs), dtype=torch.float64)
         self.model: Any = model
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
+        lm = CausalLM(model)  # refuses models that it cannot be right for
+        self.tokenizer = processing_class or AutoTokenizer.from_pretrained(lm.core.config._name_or_path)
         for rows in (train_dataset, eval_dataset):
             if rows is not None:
                 check_rows(rows, self.reward_funcs)
-        lm = CausalLM(model)  # refuses models that it cannot be right for
-        self.tokenizer = processing_class or AutoTokenizer.from_pretrained(lm.core.config._name_or_path)
+                check_lengths(rows, self.tokenizer, args, lm.core.config)
         self.eos_token_ids = eos_token_ids(lm.core, self.tokenizer)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_ids[0] if pad is None else pad
-        self.window = getattr(lm.core.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.params:
@@ -811,25 +813,21 @@ class GRPOTrainer:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
         dense = [m.base_layer.weight.dtype for m in model.modules() if isinstance(m, LoRALinear)]
-        self.merges = bool(dense) and all(
-            d in (torch.float32, torch.float64) for d in dense
-        )  # half precision would round
+        self.merges = bool(dense) and min(torch.finfo(d).bits for d in dense) >= 32  # half precision would round
         self.objective = {
             name: getattr(args, name) for name in inspect.signature(grpo_loss).parameters if hasattr(args, name)
         }
         self.step = 0  # optimiser updates made
-        self.tokens = 0  # prompt and completion tokens seen
+        self.tokens = 0  # prompt and completion tokens trained on
         self.stop = False  # set from outside (a signal): finish the update in hand, save, return
-        self.first_samples: list[dict[str, Any]] = []  # completions of the first evaluation, and of the latest
-        self.eval_samples: list[dict[str, Any]] = []
 
     # ---- the algorithm
 
-    def update(self, rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    def update(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """GRPO, in full: one batch of prompts, and the num_iterations optimiser updates made with it. Returns metrics."""
         args, means = self.args, WeightedMeans()
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
-        rewards = self.score(rows, rollout)  # (P, G, K)
+        rewards, samples = self.score(rows, rollout)  # (P, G, K)
         advantages = multi_objective_advantages(
             rewards, self.reward_weights, aggregation=args.multi_objective_aggregation, scale=args.scale_rewards
         )  # (P, G)
@@ -866,15 +864,14 @@ class GRPOTrainer:
             means.add(1, loss=total, grad_norm=grad_norm, learning_rate=self.scheduler.get_last_lr()[0])
             self.optimizer.step()
             self.scheduler.step()
-        return self.summarize(self.samples, rewards, advantages) | means.result()
+        self.tokens += int(rollout.prompt_mask.sum()) * rollout.num_generations + sum(s["length"] for s in samples)
+        return {"num_tokens": self.tokens, **self.summarize(samples, rewards, advantages), **means.result()}
 
     def sample(self, rows: Sequence[dict[str, Any]], num_generations: int) -> Rollout:
         """Completions from the policy as it is. Adapters are merged into dense weights meanwhile, where that is exact."""
         prompts = [torch.tensor(encode_prompt(row["prompt"], self.tokenizer, self.args.system_prompt)) for row in rows]
-        ids = pad_sequence([p.flip(0) for p in prompts], batch_first=True, padding_value=-1).flip(
-            1
-        )  # (P, L), left-padded
-        ids = ids.to(next(iter(self.params.values())).device)
+        flipped = pad_sequence([p.flip(0) for p in prompts], batch_first=True, padding_value=-1)
+        ids = flipped.flip(1).to(next(iter(self.params.values())).device)  # (P, L), -1 on the left
         with lora_merged(self.model) if self.merges else contextlib.nullcontext():
             return generate(
                 self.model,
@@ -888,44 +885,39 @@ class GRPOTrainer:
                 generator=self.generator,
             )
 
-    def score(self, rows: Sequence[dict[str, Any]], rollout: Rollout) -> Tensor:
-        """Every reward function on every completion; leaves the completions in self.samples.
-
-        Returns (P, G, K) float64, NaN for None.
-        """
-        G, prompts = rollout.num_generations, [row["prompt"] for row in rows]
+    def score(self, rows: Sequence[dict[str, Any]], rollout: Rollout) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Every reward function on every completion: (P, G, K) float64, NaN for None; and a record of each completion."""
+        G = rollout.num_generations
+        rows = [
+            row for row in rows for _ in range(G)
+        ]  # as the completions lie: each prompt G times, not the list G times
         ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        columns: dict[str, Any] = {
-            key: [row.get(key) for row in rows for _ in range(G)]
-            for key in dict.fromkeys(k for row in rows for k in row)
-        }
-        columns["prompts"] = columns.pop("prompt")  # each prompt G times, as its completions lie: not the list G times
-        columns["completions"] = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(columns["prompts"], texts, strict=True)
-        ]
-        columns["completion_ids"] = ids
+        columns: dict[str, Any] = {key: [row.get(key) for row in rows] for row in rows for key in row}
         if "solution" in columns:
             columns.setdefault("answer", columns["solution"])
-        extra: dict[str, list[Any]] = {}
-        self.reward_metrics: dict[str, float] = {}
+        prompts = columns["prompts"] = columns.pop("prompt")
+        columns["completions"] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        columns["completion_ids"] = ids
         columns["trainer_state"] = SimpleNamespace(
             global_step=self.step, max_steps=self.args.max_steps, max_completion_length=self.args.max_completion_length
         )
+        extra: dict[str, list[Any]] = {}
+        self.reward_metrics: dict[str, float] = {}
         columns |= {"log_extra": extra.__setitem__, "log_metric": self.reward_metrics.__setitem__}
-        scores = {f"{reward_name(f)}": call_reward(f, len(texts), columns) for f in self.reward_funcs}
+        scores = [call_reward(f, len(rows), columns) for f in self.reward_funcs]
         ended = self.ended(rollout).tolist()
-        self.samples = [
-            {"prompt": prompts[i // G], "completion": texts[i], "length": len(ids[i]), "ended": ended[i]}
-            | {f"rewards/{name}": score[i] for name, score in scores.items()}
+        samples = [
+            {"prompt": prompts[i], "completion": texts[i], "length": len(ids[i]), "ended": ended[i]}
+            | {f"rewards/{name}": score[i] for name, score in zip(self.reward_names, scores, strict=True)}
             | {name: values[i] for name, values in extra.items()}
-            for i in range(len(texts))
+            for i in range(len(rows))
         ]
-        by_function = torch.tensor(
-            [[math.nan if r is None else r for r in s] for s in scores.values()], dtype=torch.float64
-        )
-        return by_function.T.reshape(len(rows), G, -1)
+        by_function = torch.tensor([[math.nan if r is None else r for r in s] for s in scores], dtype=torch.float64)
+        return by_function.T.reshape(-1, G, len(scores)), samples
 
     def ended(self, rollout: Rollout) -> Tensor:
         """(B,) bool: which rows chose an EOS, rather than being cut off."""
@@ -947,14 +939,15 @@ class GRPOTrainer:
         chosen = [groups[i : i + size] for i in range(0, len(groups), size)]
         batches = [MicroBatch(rollout.select(some), advantages[some].flatten()) for some in chosen]
         entropies = []
-        for batch in batches:
-            if args.num_iterations > 1 or sparse:
-                old_logps, entropy = completion_logps(self.model, batch.rollout, temperature=args.temperature)
-                entropies.append(entropy)
-                batch.old_logps = old_logps if args.num_iterations > 1 else None
-            if args.beta:
-                with self.reference():
-                    batch.ref_logps, _ = completion_logps(self.model, batch.rollout, temperature=args.temperature)
+        with evaluating(self.model):
+            for batch in batches:
+                if args.num_iterations > 1 or sparse:
+                    old_logps, entropy = completion_logps(self.model, batch.rollout, temperature=args.temperature)
+                    entropies.append(entropy)
+                    batch.old_logps = old_logps if args.num_iterations > 1 else None
+                if args.beta:
+                    with self.reference():
+                        batch.ref_logps, _ = completion_logps(self.model, batch.rollout, temperature=args.temperature)
         if sparse:
             seen = torch.cat([e[b.rollout.completion_mask] for e, b in zip(entropies, batches, strict=True)])
             threshold = seen.quantile(1 - args.top_entropy_quantile) if len(seen) else math.inf
@@ -971,8 +964,7 @@ class GRPOTrainer:
             self.step = load_checkpoint(self)
         record = RunRecord(args.output_dir, keep_to=self.step if args.resume else None)
         if self.eval_dataset and self.step == 0:
-            record.write({"step": 0, **self.evaluate()})
-            self.first_samples = self.eval_samples
+            record.write({"step": 0, **self.evaluate()}, self.samples[: args.num_completions_to_log])
         bar = tqdm(total=args.max_steps, initial=self.step, desc="GRPO", unit="update", disable=None)
         while self.step < args.max_steps and not self.stop:
             started, index = time.perf_counter(), self.step // args.num_iterations
@@ -981,13 +973,14 @@ class GRPOTrainer:
             self.step += args.num_iterations
             epoch = (index + 1) * args.prompts_per_step / len(self.train_dataset)
             metrics = {"step": self.step, "epoch": epoch, **metrics, "step_time": time.perf_counter() - started}
-            samples, last = self.samples[: args.num_completions_to_log], self.stop or self.step >= args.max_steps
-            if self.eval_dataset and (last or self._due(args.eval_steps)):
+            samples, done = self.samples[: args.num_completions_to_log], self.step >= args.max_steps
+            if self.eval_dataset and (done or self._due(args.eval_steps)):
                 metrics |= self.evaluate()
+                samples += self.samples[: args.num_completions_to_log]
             record.write(metrics, samples)
             bar.update(args.num_iterations)
-            bar.set_postfix_str(f"reward {metrics['reward'] or 0:.3f}, length {metrics['completions/mean_length']:.0f}")
-            if args.output_dir and args.save_steps and (last or self._due(args.save_steps)):
+            bar.set_postfix_str(f"reward {metrics['reward']:.3f}, length {metrics['completions/mean_length']:.0f}")
+            if args.output_dir and (self.stop or (args.save_steps and (done or self._due(args.save_steps)))):
                 record.sync()
                 save_checkpoint(self)
         bar.close()
@@ -995,22 +988,30 @@ class GRPOTrainer:
             save_policy(self.model, Path(args.output_dir) / "adapter")
         return metrics
 
-    def evaluate(self) -> dict[str, float | None]:
+    def evaluate(self) -> dict[str, Any]:
         """One completion of each evaluation problem, with the same draws every time. Returns metrics named eval_...
 
-        The completions stay in eval_samples.
+        Besides the rewards: accuracy, where every row has an answer, and the share of completions with a <think> tag.
         """
-        if not self.eval_dataset:
+        data = self.eval_dataset
+        if not data:
             raise ValueError("evaluate needs an eval_dataset")
         self.seed("evaluate")
-        size, rewards, samples, tokens = self.args.prompts_per_step * self.args.num_generations, [], [], self.tokens
-        for start in range(0, len(self.eval_dataset), size):
-            rows = [self.eval_dataset[i] for i in range(start, min(start + size, len(self.eval_dataset)))]
-            rewards.append(self.score(rows, self.sample(rows, 1)))
-            samples += self.samples
-        self.eval_samples, metrics = samples, self.summarize(samples, torch.cat(rewards))
-        self.tokens = tokens
-        return {f"eval_{key}": value for key, value in metrics.items() if key != "num_tokens"}
+        size, rewards, samples = self.args.prompts_per_step * self.args.num_generations, [], []
+        for start in range(0, len(data), size):
+            rows = [data[i] for i in range(start, min(start + size, len(data)))]
+            scores, some = self.score(rows, self.sample(rows, 1))
+            rewards.append(scores)
+            samples += some
+        metrics = self.summarize(samples, torch.cat(rewards))
+        texts = [sample["completion"] for sample in samples]
+        metrics["think_rate"] = sum("<think>" in text for text in texts) / len(texts)
+        gold = [data[i].get("answer", data[i].get("solution")) for i in range(len(data))]
+        graded = [score for score in accuracy_reward(None, texts, gold) if score is not None]
+        if len(graded) == len(texts):
+            metrics["accuracy"] = sum(graded) / len(graded)
+        self.samples = [{"split": "eval", **sample} for sample in samples]
+        return {f"eval_{key}": value for key, value in metrics.items()}
 
     def batch(self, index: int) -> list[dict[str, Any]]:
         """The prompts of optimiser batch `index`: a new permutation each epoch, and a function of the seed alone."""
@@ -1033,23 +1034,22 @@ class GRPOTrainer:
     def summarize(
         self, samples: list[dict[str, Any]], rewards: Tensor, advantages: Tensor | None = None
     ) -> dict[str, Any]:
-        """TRL's metrics of a batch of completions and their rewards (P, G, K)."""
+        """TRL's metrics of a batch of completions and their rewards (P, G, K). Keeps the completions in self.samples."""
         total = combine_rewards(rewards, self.reward_weights)  # (P, G)
         lengths = torch.tensor([float(s["length"]) for s in samples])
         ended = lengths[torch.tensor([s["ended"] for s in samples])]
-        self.tokens += int(lengths.sum())
-        metrics = {"num_tokens": self.tokens, "completions/clipped_ratio": 1 - len(ended) / len(lengths)}
+        metrics = {"completions/clipped_ratio": 1 - len(ended) / len(lengths)}
         for name, values in (("", lengths), ("terminated_", ended if len(ended) else torch.zeros(1))):
             metrics |= {f"completions/{f}_{name}length": getattr(values, f)().item() for f in ("mean", "min", "max")}
-        for f, values in zip(self.reward_funcs, rewards.unbind(-1), strict=True):
-            metrics[f"rewards/{reward_name(f)}/mean"] = values.nanmean().item()
-            metrics[f"rewards/{reward_name(f)}/std"] = _nanstd(values.flatten(), dim=0).item()
+        for name, values in zip(self.reward_names, rewards.unbind(-1), strict=True):
+            metrics[f"rewards/{name}/mean"] = values.nanmean().item()
+            metrics[f"rewards/{name}/std"] = _nanstd(values.flatten(), dim=0).item()
         metrics |= {"reward": total.nanmean().item(), **self.reward_metrics}
         if advantages is not None:
             metrics["reward_std"] = _nanstd(total, dim=1).nanmean().item()
             metrics["frac_reward_zero_std"] = (~advantages.any(dim=1)).double().mean().item()
-            for sample, advantage in zip(samples, advantages.flatten().tolist(), strict=True):
-                sample["advantage"] = advantage
+            samples = [s | {"advantage": a} for s, a in zip(samples, advantages.flatten().tolist(), strict=True)]
+        self.samples = samples
         return metrics
 
 
@@ -1063,13 +1063,13 @@ class WeightedMeans:
         self.sums: dict[str, list[float]] = {}
 
     def add(self, weight: float, **values: float) -> None:
-        for name, value in values.items():
+        for name, value in values.items() if weight else ():
             total = self.sums.setdefault(name, [0.0, 0.0])
             total[0] += weight * value
             total[1] += weight
 
-    def result(self) -> dict[str, float | None]:
-        return {name: total / weight if weight else None for name, (total, weight) in self.sums.items()}
+    def result(self) -> dict[str, float]:
+        return {name: total / weight for name, (total, weight) in self.sums.items()}
 
 
 @contextmanager
@@ -1095,10 +1095,6 @@ def default_reference(model: nn.Module) -> Callable[[], Any]:
     return lora_snapshot(model)
 
 
-def reward_name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", type(function).__name__)
-
-
 def reward_weights(args: GRPOConfig, funcs: Sequence[Any]) -> list[float]:
     if not funcs:
         raise ValueError("rewards: at least one reward function is needed")
@@ -1112,7 +1108,7 @@ def reward_weights(args: GRPOConfig, funcs: Sequence[Any]) -> list[float]:
 
 def call_reward(function: Callable[..., Any], count: int, columns: dict[str, Any]) -> list[float | None]:
     """Call one reward function, async or not, and check what it returns. RewardError if that cannot be used."""
-    name = reward_name(function)
+    name = getattr(function, "__name__", type(function).__name__)
     try:
         scores = function(**columns)
         if inspect.isawaitable(scores):
@@ -1193,7 +1189,7 @@ def check_rows(
     for function in reward_funcs:
         for p in inspect.signature(function).parameters.values():
             if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given:
-                needed[p.name] = reward_name(function)
+                needed[p.name] = getattr(function, "__name__", type(function).__name__)
     if not len(rows):
         raise ValueError("the data set is empty")
     for i in range(len(rows)):
@@ -1214,11 +1210,12 @@ def check_lengths(
     rows: Sequence[dict[str, Any]],
     tokenizer: Any,
     args: GRPOConfig,
-    window: float,
+    config: Any,
     where: Callable[[int], str] | None = None,
 ) -> None:
     """ValueError for the first prompt that is empty, or leaves no room for a completion in the model's window."""
     where = where or (lambda i: f"dataset row {i}")
+    window = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     for i in range(len(rows)):
         try:
             length = len(encode_prompt(rows[i]["prompt"], tokenizer, args.system_prompt))
@@ -1264,7 +1261,7 @@ def to_json(value: Any) -> str:
             return [clean(item) for item in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    return json.dumps(clean(value), ensure_ascii=False, default=str)
+    return json.dumps(clean(value), default=str)
 
 
 class RunRecord:
@@ -1319,8 +1316,11 @@ def _identity(trainer: GRPOTrainer) -> dict[str, Any]:
     lora = getattr(trainer.model, "lora_config", None)
     adapter = {f"lora.{k}": v for k, v in dataclasses.asdict(lora).items()} if isinstance(lora, LoRAConfig) else {}
     shapes = {name: list(p.shape) for name, p in trainer.params.items()}
-    names = [reward_name(f) for f in trainer.reward_funcs]
-    return settings | adapter | {"rewards": names, "train data": data.hexdigest(), "trainable parameters": shapes}
+    return (
+        settings
+        | adapter
+        | {"rewards": trainer.reward_names, "train data": data.hexdigest(), "trainable parameters": shapes}
+    )
 
 
 def _machine() -> dict[str, Any]:
@@ -1548,9 +1548,8 @@ LEFT_OUT = {  # settings of TRL's that we lack, and what to do
 
 def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]:
     """Command line -> settings. A flag beats the variant, which beats the demo's and the default values."""
-    parser = HfArgumentParser(
-        [ScriptArguments, LoRAConfig, GRPOConfig], allow_abbrev=False, description=str(__doc__).partition("\n")[0]
-    )
+    kinds: Any = [ScriptArguments, LoRAConfig, GRPOConfig]
+    parser = HfArgumentParser(kinds, allow_abbrev=False, description=str(__doc__).partition("\n")[0])
     for action in parser._actions:
         if action.dest in ("rank_pattern", "alpha_pattern"):
             action.type = json.loads
@@ -1626,14 +1625,14 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--model {folder}: {str(error).strip().partition(chr(10))[0]}") from None
-    window = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     for rows, place in ((train, where), (held_out, held_out_where)):
-        check_lengths(rows, tokenizer, args, window, place)
+        check_lengths(rows, tokenizer, args, config, place)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, script.dtype)).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, script.dtype))
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {folder}: {str(error).strip().partition(chr(10))[0]}") from None
     transformers.set_seed(args.seed)
+    model.to(device)
     model = load_lora(model, script.adapter) if script.adapter else apply_lora(model, lora)
     trainer = GRPOTrainer(model, reward_funcs, args, train, held_out or None, tokenizer)
     args.output_dir = args.output_dir or new_run_folder("demo" if script.model is None else Path(script.model).name)
@@ -1650,47 +1649,42 @@ def new_run_folder(name: str) -> str:
     raise OSError("runs/: no free folder name")
 
 
-def measure(samples: list[dict[str, Any]], dataset: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Accuracy (where there are answers), share of completions that think, and mean length of some completions."""
-    texts = [s["completion"] for s in samples]
-    measured = {}
-    if all("answer" in row or "solution" in row for row in dataset):
-        gold = [row.get("answer", row.get("solution")) for row in dataset]
-        graded = [score for score in accuracy_reward(None, texts, gold) if score is not None]
-        measured["accuracy"] = sum(graded) / max(1, len(graded))
-    measured["think_rate"] = sum("<think>" in text for text in texts) / len(texts)
-    measured["length"] = sum(s["length"] for s in samples) / len(samples)
-    return measured
-
-
 def printable(text: str) -> str:
     """Model text for the terminal: control and direction characters, which could rewrite the screen, are made visible."""
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)
 
 
-def report(trainer: GRPOTrainer, before: list[dict[str, Any]], seconds: float) -> None:
-    """The table at the end, summary.json, and learning_curve.png where matplotlib is installed."""
-    folder, summary = (
-        Path(str(trainer.args.output_dir)),
-        {"seed": trainer.args.seed, "seconds": seconds, "step": trainer.step},
+def report(folder: Path, seed: int, seconds: float) -> None:
+    """From a run's files: the table at the end, summary.json, and learning_curve.png where matplotlib is installed."""
+    rows, samples = (
+        [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("metrics.jsonl", "completions.jsonl")
     )
-    if before and trainer.eval_dataset:
-        rows = [measure(samples, trainer.eval_dataset) for samples in (before, trainer.eval_samples)]
-        print(f"\n{len(before)} held-out problems    before     after")
-        for name, show in (("accuracy", "{:.1%}"), ("think_rate", "{:.1%}"), ("length", "{:.1f}")):
-            if name in rows[0]:
-                summary |= {f"{name}_before": rows[0][name], f"{name}_after": rows[1][name]}
-                print(f"{name:<22} {show.format(rows[0][name]):>9} {show.format(rows[1][name]):>9}")
-        shown = before[0]["prompt"] if isinstance(before[0]["prompt"], str) else before[0]["prompt"][-1]["content"]
-        print(f"\nprompt   {printable(shown)[:500]}")
-        print(f"before   {printable(before[0]['completion'])[:500]}")
-        print(f"after    {printable(trainer.eval_samples[0]['completion'])[:500]}")
+    summary: dict[str, Any] = {"seed": seed, "seconds": round(seconds, 1), "updates": rows[-1]["step"] if rows else 0}
+    evaluated = [row for row in rows if "eval_reward" in row]
+    if len(evaluated) > 1:
+        print(f"\n{'on held-out problems':<22}    before     after")
+        names = {"accuracy": "{:.1%}", "think_rate": "{:.1%}", "reward": "{:.3f}", "completions/mean_length": "{:.1f}"}
+        for name, show in names.items():
+            before, after = (evaluated[i].get(f"eval_{name}") for i in (0, -1))
+            if before is not None and after is not None:
+                name = name.rpartition("/")[2]
+                summary |= {f"{name}_before": before, f"{name}_after": after}
+                print(f"{name:<22} {show.format(before):>9} {show.format(after):>9}")
+        shown = [s for s in samples if s.get("split") == "eval"]
+        if shown:
+            prompt = shown[0]["prompt"]
+            after = next(s for s in shown if s["step"] == shown[-1]["step"])
+            print(f"\nprompt   {printable(prompt if isinstance(prompt, str) else prompt[-1]['content'])[:500]}")
+            print(
+                f"before   {printable(shown[0]['completion'])[:500]}\nafter    {printable(after['completion'])[:500]}"
+            )
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    draw_curve(folder)
-    print(f"\n{trainer.step} updates in {seconds:.0f} s; adapter, metrics and completions are in {folder}/")
+    draw_curve(folder, rows)
+    print(f"\n{summary['updates']} updates in {seconds:.0f} s; adapter, metrics and completions are in {folder}/")
 
 
-def draw_curve(folder: Path) -> None:
+def draw_curve(folder: Path, rows: list[dict[str, Any]]) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -1698,7 +1692,6 @@ def draw_curve(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, names in zip(axes, (("reward", "eval_reward"), ("completions/mean_length",)), strict=True):
         for name in names:
@@ -1737,7 +1730,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if trainer.stop and trainer.step < trainer.args.max_steps:
         print(f"stopped after update {trainer.step}; go on with the same command and --output_dir {out} --resume")
         return 0
-    report(trainer, trainer.first_samples, time.perf_counter() - started)
+    report(Path(str(out)), trainer.args.seed, time.perf_counter() - started)
     return 0
 
 
