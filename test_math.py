@@ -1,0 +1,922 @@
+"""Every formula, its gradient and its invariances: the objective, the LoRA layer, the rewards.
+
+Each test is named for what it proves. Exact statements are checked in float64; tests that need whole models are in
+test_training.py, and so is the gallery, which puts known bugs back in and expects these tests to fail.
+"""
+
+import copy
+import itertools
+import math
+import os
+import string
+import time
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import rewards as rewards_module
+from grpo_lora import (
+    AGGREGATION,
+    VARIANTS,
+    GRPOConfig,
+    Rollout,
+    _TokenLogps,
+    completion_mask,
+    generate,
+    group_advantages,
+    grpo_loss,
+    kl_penalty,
+    multi_objective_advantages,
+)
+from lora import LoRAConfig, apply_lora, lora_disabled, lora_merged, param_groups
+from rewards import REWARDS, accuracy_reward, answers_match, canonical_answer, extract_answer, load_reward
+
+settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=60)
+settings.load_profile("default")
+torch.set_default_dtype(torch.float32)
+
+LOSSES = list(AGGREGATION)
+CLIPPED = ["grpo", "dapo", "bnpo", "dr_grpo", "luspo"]
+
+
+def setting_of(loss_type: str, **more) -> dict:
+    """The settings without which a loss type is refused."""
+    needed = {"cispo": {"epsilon_high": 5.0}, "dr_grpo": {"max_completion_length": 7}}
+    return {"loss_type": loss_type} | needed.get(loss_type, {}) | more
+
+
+def batch(seed: int = 0, B: int = 4, T: int = 5, spread: float = 0.1):
+    """Random (logps, old_logps, advantages, mask, ref_logps) in float64; rows of different lengths, one of them empty."""
+    g = torch.Generator().manual_seed(seed)
+    logps = -torch.rand(B, T, generator=g, dtype=torch.float64) * 3
+    old = logps + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
+    ref = logps + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
+    lengths = torch.cat([torch.tensor([0]), torch.randint(1, T + 1, (B - 1,), generator=g)])
+    mask = torch.arange(T) < lengths.unsqueeze(1)
+    return logps.requires_grad_(), old, torch.randn(B, generator=g, dtype=torch.float64), mask, ref
+
+
+def gradient(loss: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(loss, inputs)[0]
+
+
+# ------------------------------------------------------------------------------------------------------- advantages
+
+groups = st.integers(1, 4).flatmap(
+    lambda p: st.integers(2, 6).flatmap(
+        lambda g: st.lists(
+            st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=g, max_size=g), min_size=p, max_size=p
+        )
+    )
+)
+
+
+@given(groups)
+def test_advantages_have_mean_zero_and_std_s_over_s_plus_eps(rewards):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    advantages = group_advantages(rewards)
+    std = rewards.std(dim=1)  # ddof 1
+    assert advantages.mean(dim=1).abs().max() < 1e-9
+    torch.testing.assert_close(advantages.std(dim=1), std / (std + 1e-4), atol=1e-9, rtol=1e-9)
+
+
+@given(groups, st.floats(-50, 50), st.floats(0.1, 10))
+def test_advantages_ignore_a_shift_and_at_eps_zero_a_scale_of_the_rewards(rewards, shift, scale):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards + shift), group_advantages(rewards), atol=1e-6, rtol=1e-6)
+    scaled = group_advantages(rewards * scale, eps=0.0)
+    torch.testing.assert_close(scaled, group_advantages(rewards, eps=0.0), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@given(value=st.floats(-1e6, 1e6), G=st.integers(2, 9), eps=st.sampled_from([0.0, 1e-8, 1e-4]))
+def test_equal_rewards_give_exactly_zero(scale, value, G, eps):
+    rewards = torch.tensor(
+        [[value] * G, [*range(G)]], dtype=torch.float32
+    )  # a mean of equal floats can be off by an ulp
+    assert (group_advantages(rewards, scale=scale, eps=eps)[0] == 0).all()
+    assert (group_advantages(rewards[:1], scale=scale, eps=eps) == 0).all()
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    centred = torch.tensor([[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]], dtype=torch.float64)
+    std = torch.tensor([[1 / 3], [1.0]], dtype=torch.float64).sqrt()
+    torch.testing.assert_close(group_advantages(rewards, eps=0.0), centred / std)
+    torch.testing.assert_close(group_advantages(rewards, scale="batch", eps=0.0), centred / rewards.std())
+    torch.testing.assert_close(group_advantages(rewards, scale="none"), centred)
+    with pytest.raises(ValueError, match="scale"):
+        group_advantages(rewards, scale="std")
+
+
+@given(groups, st.randoms(use_true_random=False))
+def test_a_missing_reward_leaves_the_statistics_and_gets_zero(rewards, random):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    for row in rewards:
+        row[random.randrange(len(row))] = math.nan
+    for scale in ("group", "batch", "none"):
+        advantages = group_advantages(rewards, scale=scale)
+        assert (advantages[rewards.isnan()] == 0).all() and not advantages.isnan().any()
+    for row, got in zip(rewards, group_advantages(rewards), strict=True):
+        valid = row[~row.isnan()]
+        want = group_advantages(valid.unsqueeze(0))[0] if len(valid) > 1 else torch.zeros_like(valid)
+        torch.testing.assert_close(got[~row.isnan()], want)
+    assert not group_advantages(torch.full((1, 3), math.nan)).any()
+
+
+def test_several_rewards_are_weighted_once_and_none_is_not_zero():
+    nan = math.nan
+    rewards = torch.tensor([[[1.0, 10.0], [0.0, nan], [nan, nan], [1.0, 0.0]]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    total = torch.tensor([[6.0, 0.0, nan, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(multi_objective_advantages(rewards, weights), group_advantages(total))
+    each = torch.stack([group_advantages(r)[0] for r in rewards.unbind(-1)])  # normalize_then_sum: first within each
+    summed = (each * weights.unsqueeze(1)).sum(0)[[0, 1, 3]]
+    got = multi_objective_advantages(rewards, weights, aggregation="normalize_then_sum")
+    torch.testing.assert_close(got[0, [0, 1, 3]], (summed - summed.mean()) / (summed.std() + 1e-4))
+    assert got[0, 2] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- mask
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=1, max_size=4), st.sets(st.integers(0, 5))
+)
+def test_mask_ends_with_the_first_eos_whatever_the_padding(rows, eos):
+    width = max(map(len, rows))
+    for pad in (0, 5, *eos):  # padding may be an EOS itself
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+        mask = completion_mask(ids, sorted(eos))
+        for row, got in zip(ids.tolist(), mask.tolist(), strict=True):
+            first = next((i for i, token in enumerate(row) if token in eos), width)
+            assert got == [i <= first for i in range(width)]
+
+
+# --------------------------------------------------------------------------------------------------------------- KL
+
+
+@given(st.floats(-5, 5), st.floats(-5, 5))
+def test_kl_estimators_by_hand(logp, ref):
+    one = lambda x: torch.tensor([[x]], dtype=torch.float64)
+    got = {k: kl_penalty(one(logp), one(ref), estimator=k).item() for k in ("k1", "k2", "k3")}
+    assert got["k1"] == pytest.approx(logp - ref)
+    assert got["k2"] == pytest.approx((logp - ref) ** 2 / 2)
+    assert got["k3"] == pytest.approx(math.exp(ref - logp) - (ref - logp) - 1, abs=1e-9) and got["k3"] >= 0
+    with pytest.raises(ValueError, match="k4"):
+        kl_penalty(one(0.0), one(0.0), estimator="k4")
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_kl_term_is_masked_averaged_and_corrected_like_the_rest_and_by_nothing_else(loss_type):
+    logps, old, _, mask, ref = batch(1)
+    zero = torch.zeros(len(logps), dtype=torch.float64)
+    for correct in (False, True):
+        loss, stats = grpo_loss(
+            logps, old, zero, mask, ref_logps=ref, beta=0.5, use_bias_correction_kl=correct,
+            policy_mask=torch.zeros_like(mask), delta=1e-3, **setting_of(loss_type)
+        )  # fmt: skip
+        d = ref - logps
+        kl = (d.exp() - d - 1) * ((logps - old).exp() if correct else 1.0) * mask
+        divisor = {
+            "sequence": mask.sum(1, keepdim=True).clamp(min=1) * len(logps),
+            "token": mask.sum(),
+            "constant": 7 * len(logps),
+            "row_sum": len(logps),
+        }[AGGREGATION[loss_type]]
+        torch.testing.assert_close(loss, 0.5 * (kl / divisor).sum())
+        torch.testing.assert_close(gradient(loss, logps), gradient(0.5 * (kl / divisor).sum(), logps))
+        assert stats["kl"] == pytest.approx((kl.sum() / mask.sum()).item())
+
+
+def test_corrected_k3_has_the_gradient_of_k2():
+    logps, _, _, mask, ref = batch(2, spread=1.0)
+    zero = torch.zeros(len(logps), dtype=torch.float64)
+    for level in ("token", "sequence"):
+        common = {"ref_logps": ref, "beta": 1.0, "importance_sampling_level": level}
+        corrected, _ = grpo_loss(logps, logps.detach(), zero, mask, use_bias_correction_kl=True, **common)
+        plain, _ = grpo_loss(
+            logps, logps.detach(), zero, mask, use_bias_correction_kl=False, kl_estimator="k2", **common
+        )
+        same = torch.allclose(gradient(corrected, logps), gradient(plain, logps), atol=1e-12)
+        assert same == (level == "token")  # one ratio for a whole row spreads each token's KL over the row
+
+
+# --------------------------------------------------------------------------------------------------- the policy loss
+
+
+@pytest.mark.parametrize("loss_type", CLIPPED)
+@pytest.mark.parametrize(
+    ("ratio", "A", "moves"),
+    [(0.5, 1, True), (1.0, 1, True), (1.5, 1, False), (0.5, -1, False), (1.0, -1, True), (1.5, -1, True)],
+)
+def test_clip_stops_the_gradient_only_where_the_ratio_already_went_too_far(loss_type, ratio, A, moves):
+    logp = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
+    old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    options = setting_of(loss_type) | ({"max_completion_length": 1} if loss_type == "dr_grpo" else {})
+    loss, stats = grpo_loss(logp, old, torch.tensor([float(A)], dtype=torch.float64), mask, **options)
+    assert gradient(loss, logp).item() == pytest.approx(-ratio * A if moves else 0.0)
+    assert stats["clip_ratio/region_mean"] == (not moves)
+    assert stats["clip_ratio/low_mean"] == (ratio < 0.8 and A < 0)
+
+
+def test_epsilons_and_delta_bound_what_they_say():
+    old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+
+    def loss(ratio, A, **options):
+        logp = torch.full((1, 1), math.log(ratio), dtype=torch.float64)
+        return grpo_loss(logp, old, torch.tensor([A], dtype=torch.float64), mask, **options)[0].item()
+
+    assert loss(3.0, 1.0, epsilon=0.2) == pytest.approx(-1.2)
+    assert loss(3.0, 1.0, epsilon=0.2, epsilon_high=0.5) == pytest.approx(-1.5)
+    assert loss(0.1, -1.0, epsilon=0.3, epsilon_high=0.5) == pytest.approx(0.7)
+    assert loss(9.0, -1.0) == pytest.approx(9.0)  # unbounded, which delta is for
+    assert loss(9.0, -1.0, delta=2.0) == pytest.approx(2.0)
+    assert loss(9.0, 1.0, delta=2.0, epsilon_high=5.0) == pytest.approx(-2.0)
+    assert loss(9.0, 1.0, delta=2.0, loss_type="cispo", epsilon_high=5.0) == pytest.approx(-5.0 * math.log(9.0))
+
+
+def test_soft_surrogates_by_hand():
+    old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+
+    def slope(ratio, A, **options):
+        logp = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
+        return gradient(grpo_loss(logp, old, torch.tensor([A], dtype=torch.float64), mask, **options)[0], logp).item()
+
+    for A in (2.0, -2.0):
+        assert slope(3.0, A, loss_type="cispo", epsilon_high=5.0) == pytest.approx(-3.0 * A)
+        assert slope(3.0, A, loss_type="cispo", epsilon_high=2.0) == pytest.approx(-2.0 * A)
+        tau = 1.0 if A > 0 else 1.05
+        sigma = 1 / (1 + math.exp(-tau * 0.5))
+        assert slope(1.5, A, loss_type="sapo") == pytest.approx(-4 * sigma * (1 - sigma) * 1.5 * A)
+        k, lam = (2, 3) if A > 0 else (3, 2)
+        assert slope(1.5, A, loss_type="vespo") == pytest.approx(-(1.5**k) * math.exp(lam * (1 - 1.5)) * A)
+    assert slope(1.5, 0.7, loss_type="sapo", sapo_temperature_pos=2.0) == pytest.approx(
+        -4 * 0.7 * 1.5 * math.e / (1 + math.e) ** 2
+    )
+
+
+def test_vespo_weight_is_that_of_the_row_and_bounded():
+    logps = torch.tensor([[0.3, 0.2, 9.0], [50.0, 50.0, 50.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    loss, stats = grpo_loss(logps, torch.zeros_like(logps), torch.ones(2, dtype=torch.float64), mask, loss_type="vespo")
+    w = math.exp(0.5)  # the product of the ratios of the row's own tokens
+    phi = w**2 * math.exp(3 * (1 - w))
+    want = torch.tensor(
+        [[phi, phi, 0], [0, 0, 0]], dtype=torch.float64
+    )  # the second row went far off: no weight, no NaN
+    torch.testing.assert_close(gradient(loss, logps), -want / 5)
+    assert stats["vespo/phi_seq_mean"] == pytest.approx(2 * phi / 5)
+
+
+def test_sequence_level_has_one_ratio_a_row_the_geometric_mean_of_its_tokens():
+    logps, old, A, mask, _ = batch(3)
+    for loss_type in ("grpo", "sapo"):
+        loss, _ = grpo_loss(logps, old, A, mask, loss_type=loss_type, importance_sampling_level="sequence")
+        total = 0.0
+        for row in range(len(logps)):
+            own = mask[row]
+            if own.any():
+                s = (logps[row][own] - old[row][own]).mean().exp().view(1, 1)
+                one = torch.ones(1, 1, dtype=torch.bool)
+                total = total + grpo_loss(s.log(), torch.zeros_like(s), A[row : row + 1], one, loss_type=loss_type)[0]
+        torch.testing.assert_close(loss, total / len(logps))
+        torch.testing.assert_close(gradient(loss, logps), gradient(total / len(logps), logps))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_at_ratio_one_the_gradient_is_minus_a_grad_logp_under_each_normaliser(loss_type, level):
+    logps, _, A, mask, _ = batch(4)
+    options = setting_of(loss_type, importance_sampling_level=level)
+    loss, _ = grpo_loss(logps, logps.detach(), A, mask, **options)
+    per_row = mask.sum(1, keepdim=True).clamp(min=1)
+    weight = {
+        "sequence": 1 / (per_row * len(logps)),
+        "token": 1 / mask.sum(),
+        "constant": torch.tensor(1 / (7 * len(logps))),
+        "row_sum": torch.tensor(1 / len(logps)),
+    }[AGGREGATION[loss_type]]
+    torch.testing.assert_close(gradient(loss, logps), (-A.unsqueeze(1) * mask * weight).double())
+    if (
+        level == "token" and AGGREGATION[loss_type] == "sequence" and loss_type == "grpo"
+    ):  # advantages of a group sum to 0
+        centred, _ = grpo_loss(logps[1:], logps[1:].detach(), A[1:] - A[1:].mean(), mask[1:], **options)
+        assert abs(centred.item()) < 1e-12  # and so the loss is 0 at first, though it learns
+    elif loss_type == "dapo":
+        centred, _ = grpo_loss(logps[1:], logps[1:].detach(), A[1:] - A[1:].mean(), mask[1:], **options)
+        assert abs(centred.item()) > 1e-3  # here rows of different lengths weigh differently
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@given(seed=st.integers(0, 999), size=st.integers(1, 4), beta=st.sampled_from([0.0, 0.3]))
+@settings(max_examples=15)
+def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(loss_type, seed, size, beta):
+    logps, old, A, mask, ref = batch(seed, B=6)
+    options = setting_of(loss_type, beta=beta)
+    whole, _ = grpo_loss(logps, old, A, mask, ref_logps=ref, **options)
+    N = mask.sum().item() if AGGREGATION[loss_type] == "token" else len(logps)
+    parts = 0.0
+    for i in range(0, len(logps), size):
+        s = slice(i, i + size)
+        parts = parts + grpo_loss(logps[s], old[s], A[s], mask[s], ref_logps=ref[s], normalizer=N, **options)[0]
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(gradient(parts, logps), gradient(whole, logps))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_what_is_masked_has_no_influence_not_even_nan(loss_type, level):
+    logps, old, A, mask, ref = batch(5)
+    options = setting_of(loss_type, importance_sampling_level=level, beta=0.1)
+    loss, stats = grpo_loss(logps, old, A, mask, ref_logps=ref, **options)
+    for junk in (math.nan, math.inf, -1e30, 700.0):
+        dirty = [torch.where(mask, x.detach(), junk) for x in (logps, old, ref)]
+        dirty[0].requires_grad_()
+        again, stats2 = grpo_loss(dirty[0], dirty[1], A, mask, ref_logps=dirty[2], **options)
+        assert again.item() == loss.item() and stats2 == stats
+        assert torch.equal(gradient(again, dirty[0]), gradient(loss, logps) * mask)
+        (loss, _) = grpo_loss(logps, old, A, mask, ref_logps=ref, **options)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_an_empty_batch_has_loss_zero_and_gradient_zero(loss_type):
+    logps, old, A, _, ref = batch(6)
+    nothing = torch.zeros(logps.shape, dtype=torch.bool)
+    for level in ("token", "sequence"):
+        options = setting_of(loss_type, importance_sampling_level=level, beta=0.1)
+        loss, stats = grpo_loss(logps, old, A, nothing, ref_logps=ref, **options)
+        assert loss.item() == 0 and not gradient(loss, logps).any() and not any(map(math.isnan, stats.values()))
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@given(seed=st.integers(0, 999), order=st.permutations(range(5)), pad=st.integers(0, 3))
+@settings(max_examples=15)
+def test_order_of_rows_and_amount_of_padding_do_not_matter(loss_type, seed, order, pad):
+    logps, old, A, mask, ref = batch(seed, B=5)
+    options = setting_of(loss_type, beta=0.2)
+    loss, _ = grpo_loss(logps, old, A, mask, ref_logps=ref, **options)
+    padded = [F.pad(x.detach()[list(order)], (0, pad)) for x in (logps, old, mask, ref)]
+    again, _ = grpo_loss(padded[0], padded[1], A[list(order)], padded[2], ref_logps=padded[3], **options)
+    torch.testing.assert_close(again, loss)
+
+
+def test_policy_mask_drops_policy_terms_and_keeps_the_divisor():
+    logps, old, A, mask, _ = batch(7)
+    keep = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    loss, _ = grpo_loss(logps, old, A, mask, policy_mask=keep)
+    ratio = (logps - old).exp()
+    want = -torch.min(ratio * A.unsqueeze(1), ratio.clamp(0.8, 1.2) * A.unsqueeze(1)) * (mask & keep)
+    torch.testing.assert_close(loss, want.sum() / mask.sum())
+
+
+def test_shapes_and_missing_settings_are_refused_by_name():
+    logps, old, A, mask, ref = batch(8)
+    refused = [
+        ("old_logps", {"old_logps": old[:, :-1]}),
+        ("advantages", {"advantages": A.unsqueeze(1)}),
+        ("mask", {"mask": mask[:-1]}),
+        ("ref_logps", {"ref_logps": ref[:1], "beta": 0.1}),
+        ("ref_logps", {"beta": 0.1}),
+        ("policy_mask", {"policy_mask": mask[0]}),
+        ("loss_type", {"loss_type": "ppo"}),
+        ("importance_sampling_level", {"importance_sampling_level": "batch"}),
+        ("epsilon_high", {"loss_type": "cispo"}),
+        ("max_completion_length", {"loss_type": "dr_grpo"}),
+        ("kl_estimator", {"kl_estimator": "k9", "beta": 0.1, "ref_logps": ref}),
+    ]
+    for name, change in refused:
+        with pytest.raises(ValueError, match=name):
+            grpo_loss(**{"logps": logps, "old_logps": old, "advantages": A, "mask": mask} | change)
+
+
+@pytest.mark.parametrize("kl", [None, "k1", "k2", "k3"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in ("cispo", "vespo")])
+def test_gradients_are_those_of_the_loss_by_finite_differences(loss_type, level, kl):
+    logps, old, A, mask, ref = batch(9, B=3, T=3)  # cispo and vespo stop a gradient on purpose: by hand, above
+    kwargs = {"beta": 0.3 if kl else 0.0, "kl_estimator": kl or "k3", "importance_sampling_level": level}
+    options = setting_of(loss_type, ref_logps=ref, **kwargs)
+    assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, A, mask, **options)[0], logps)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_a_row_of_settings_that_a_config_takes(name):
+    config = GRPOConfig(**VARIANTS[name].settings)
+    assert VARIANTS[name].source and all(getattr(config, k) == v for k, v in VARIANTS[name].settings.items())
+
+
+# ------------------------------------------------------------------------------------------------- exact enumeration
+#
+# A policy so small that every completion and every group can be listed: three tokens (0 ends), at most two of them.
+# Then an expectation over sampling is a finite sum, and what GRPO's loss does on average is known to rounding.
+
+HORIZON = 2
+COMPLETIONS = [[0, 0], *([a, b] for a in (1, 2) for b in (0, 1, 2))]  # the second token of [0, 0] is padding
+PREFIXES = [(), (1,), (2,)]
+
+
+class TablePolicy:
+    """A softmax over three tokens for each prefix; its parameters are the logits."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = torch.randn(len(PREFIXES), 3, generator=generator, dtype=torch.float64).requires_grad_()
+        self.ids = torch.tensor(COMPLETIONS)
+        self.mask = completion_mask(self.ids, [0])
+        self.states = torch.tensor([[0, PREFIXES.index((c[0],)) if c[0] else 0] for c in COMPLETIONS])
+
+    def logps(self) -> torch.Tensor:  # (7, 2)
+        table = self.logits.log_softmax(-1)[self.states]
+        return torch.where(self.mask, table.gather(2, self.ids.unsqueeze(2)).squeeze(2), 0.0)
+
+    def probabilities(self) -> torch.Tensor:  # (7,)
+        return self.logps().sum(1).exp()
+
+
+REWARD = torch.tensor([0.0, 1.0, 0.3, 0.0, 2.0, 0.7, 1.0], dtype=torch.float64)
+
+
+def expected_gradient(policy: TablePolicy, G: int, *, scale: str, loss_type: str) -> torch.Tensor:
+    """E over groups of G samples of -∇ loss, by listing all 7^G groups."""
+    logps, p, total = policy.logps(), policy.probabilities().detach(), 0.0
+    for group in itertools.product(range(len(COMPLETIONS)), repeat=G):
+        rows = list(group)
+        A = group_advantages(REWARD[rows].unsqueeze(0), scale=scale)[0]
+        options = {"loss_type": loss_type, "max_completion_length": HORIZON}
+        loss, _ = grpo_loss(logps[rows], logps[rows].detach(), A, policy.mask[rows], **options)
+        total = total - p[rows].prod() * loss
+    return gradient(total, policy.logits)
+
+
+def policy_gradient(policy: TablePolicy) -> torch.Tensor:
+    return gradient((policy.probabilities() * REWARD).sum(), policy.logits)
+
+
+def test_there_are_seven_completions_and_their_probabilities_sum_to_one():
+    assert TablePolicy(0).probabilities().sum().item() == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_dr_grpo_is_g_minus_1_over_g_of_the_policy_gradient_in_expectation(G):
+    policy = TablePolicy(1)
+    got = expected_gradient(policy, G, scale="none", loss_type="dr_grpo") * HORIZON
+    torch.testing.assert_close(got, (G - 1) / G * policy_gradient(policy), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(("scale", "loss_type"), [("group", "dr_grpo"), ("none", "grpo"), ("none", "dapo")])
+def test_std_scaling_and_length_normalisation_bend_the_gradient(scale, loss_type, record_property):
+    policy, G = TablePolicy(1), 3
+    true, got = (
+        policy_gradient(policy).flatten(),
+        expected_gradient(policy, G, scale=scale, loss_type=loss_type).flatten(),
+    )
+    cosine = torch.dot(true, got) / (true.norm() * got.norm())
+    degrees = math.degrees(math.acos(min(1.0, cosine.item())))
+    record_property("degrees", degrees)
+    print(f"{loss_type} with scale {scale}: {degrees:.1f} degrees off the policy gradient")
+    assert 1.0 < degrees < 60.0
+
+
+def test_length_bias_goes_away_when_all_completions_are_equally_long():
+    policy = TablePolicy(2)
+    with torch.no_grad():
+        policy.logits[0, 0] = -60.0  # never ends at once: all completions have two tokens
+    got = expected_gradient(policy, 2, scale="none", loss_type="grpo")
+    torch.testing.assert_close(got, policy_gradient(policy) / 2 / HORIZON, atol=1e-10, rtol=0)
+
+
+def kl_loss_gradient(policy: TablePolicy, ref: TablePolicy, estimator: str, horizon: int) -> torch.Tensor:
+    """E over samples of ∇ of the KL term alone, through grpo_loss."""
+    mask = policy.mask.clone()
+    mask[:, horizon:] = False
+    logps, p, total = policy.logps(), policy.probabilities().detach(), 0.0
+    for row in range(len(COMPLETIONS)):
+        one = slice(row, row + 1)
+        loss, _ = grpo_loss(
+            logps[one], logps[one].detach(), torch.zeros(1, dtype=torch.float64), mask[one],
+            ref_logps=ref.logps().detach()[one], beta=1.0, kl_estimator=estimator, use_bias_correction_kl=False,
+            loss_type="dr_grpo", max_completion_length=1,
+        )  # fmt: skip
+        total = total + p[row] * loss
+    return gradient(total, policy.logits)
+
+
+def state_kl(policy: TablePolicy, ref: TablePolicy, state: int, reverse: bool) -> torch.Tensor:
+    log_p, log_q = policy.logits[state].log_softmax(-1), ref.logits[state].detach().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum() if reverse else (log_q.exp() * (log_q - log_p)).sum()
+
+
+def test_kl_gradients_by_enumeration():
+    """As losses, in expectation: k1 does nothing, k2 follows the reverse KL and k3 the forward KL, state by state."""
+    policy, ref = TablePolicy(3), TablePolicy(4)
+    for horizon in (1, 2):
+        visits = [1.0] if horizon == 1 else [1.0, *policy.logits[0].softmax(-1)[1:].tolist()]  # E over prefixes
+        for estimator, reverse in (("k2", True), ("k3", False)):
+            exact = sum(v * gradient(state_kl(policy, ref, s, reverse), policy.logits) for s, v in enumerate(visits))
+            got = kl_loss_gradient(policy, ref, estimator, horizon)
+            torch.testing.assert_close(got, exact, atol=1e-10, rtol=0)
+        assert kl_loss_gradient(policy, ref, "k1", horizon).abs().max() < 1e-10
+    log_p, log_q = policy.logps().sum(1), ref.logps().detach().sum(1)
+    sequence_kl = gradient((log_p.exp() * (log_p - log_q)).sum(), policy.logits)
+    assert (kl_loss_gradient(policy, ref, "k2", 2) - sequence_kl).abs().max() > 0.01  # beyond one token they differ
+
+
+# ---------------------------------------------------------------------------------------- log-probs from hidden states
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunked_log_probs_have_the_value_and_gradient_of_the_plain_ones(chunk):
+    torch.manual_seed(0)
+    head = nn.Linear(4, 11, bias=False).double().requires_grad_(False)
+    capped = lambda h: 3.0 * torch.tanh(head(h) / 3.0)  # a soft-capped head, as in Gemma 2
+    hidden, targets = torch.randn(7, 4, dtype=torch.float64, requires_grad=True), torch.randint(11, (7,))
+    logps, entropies = _TokenLogps.apply(hidden, targets, capped, 0.7, chunk)
+    log_probs = (capped(hidden) / 0.7).log_softmax(-1)
+    plain = log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(logps, plain)
+    torch.testing.assert_close(entropies, -(log_probs.exp() * log_probs).sum(-1))
+    weights = torch.randn(7, dtype=torch.float64)
+    torch.testing.assert_close(gradient((logps * weights).sum(), hidden), gradient((plain * weights).sum(), hidden))
+    assert not entropies.requires_grad
+    assert torch.autograd.gradcheck(lambda h: _TokenLogps.apply(h, targets, capped, 0.7, chunk)[0], hidden)
+
+
+def test_log_probs_of_a_half_precision_head_are_taken_in_float32():
+    hidden = torch.randn(5, 8, dtype=torch.bfloat16)
+    head = nn.Linear(8, 4096, bias=False, dtype=torch.bfloat16)
+    logits = head(hidden).float()
+    logps, _ = _TokenLogps.apply(hidden, torch.arange(5), lambda h: head(h).float(), 1.0, 2)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, logits.log_softmax(-1)[torch.arange(5), torch.arange(5)])
+
+
+# ------------------------------------------------------------------------------------------------------ LoRA, one layer
+
+
+class Toy(nn.Module):
+    """Two linear layers and a Conv1D, in float64; `out` shares nothing with `embed`."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6)
+        self.up, self.mix, self.out = nn.Linear(6, 10, bias=bias), Conv1D(8, 10), nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.mix(torch.tanh(self.up(self.embed(ids))))))
+
+
+def toy(config: LoRAConfig, seed: int = 0, random_adapters: bool = True, dtype: torch.dtype = torch.float64, **kwargs):
+    """A toy with adapters that matter, a copy of its base, and inputs."""
+    torch.manual_seed(seed)
+    base = Toy(**kwargs).to(dtype).eval()
+    model = apply_lora(copy.deepcopy(base), config)
+    if random_adapters:
+        for name, p in model.named_parameters():
+            if p.requires_grad and "magnitude" not in name:
+                nn.init.normal_(p, std=0.3)
+            elif p.requires_grad:
+                p.data.mul_(1 + 0.1 * torch.rand_like(p))
+    return model, base, torch.randint(9, (4, 3))
+
+
+KINDS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa+dora": {"init_lora_weights": "pissa", "use_dora": True},
+    "patterns": {"rank_pattern": {"up": 2, "m.x": 5}, "alpha_pattern": {"out": 32}},
+    "saved": {"modules_to_save": ["out"], "target_modules": ["up", "mix"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_adds_s_b_a_and_nothing_else(kind):
+    config = LoRAConfig(r=3, lora_alpha=6, **KINDS[kind])
+    model, base, ids = toy(config, random_adapters=False)
+    torch.testing.assert_close(model(ids), base(ids))  # every initialisation starts at the base model's function
+    model, base, ids = toy(config)
+    dense = copy.deepcopy(base)
+    for name in ("up", "mix", "out"):
+        layer = getattr(model, name)
+        if kind == "saved" and name == "out":
+            dense.out = layer.trained
+            continue
+        r = config.rank_pattern.get({"mix": "m.x"}.get(name, name), 3)
+        assert layer.lora_A.weight.shape[0] == r
+        s = config.alpha_pattern.get(name, 6) / (math.sqrt(r) if config.use_rslora else r)
+        W0, delta = getattr(base, name).weight, s * layer.lora_B.weight @ layer.lora_A.weight
+        W0 = W0.T if name == "mix" else W0
+        if layer.residual is not None:
+            U, S, V = torch.linalg.svd(W0)
+            W0 = W0 - U[:, :r] * S[:r] @ V[:r]
+        W = W0 + delta
+        if config.use_dora:
+            W = W * (layer.lora_magnitude_vector / W.norm(dim=1)).unsqueeze(1)
+        getattr(dense, name).weight = nn.Parameter(W.T if name == "mix" else W)
+    torch.testing.assert_close(model(ids), dense(ids))
+    with torch.no_grad(), lora_merged(model):
+        torch.testing.assert_close(model(ids), dense(ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 99))
+@settings(max_examples=5)
+def test_adapters_off_is_the_base_model_to_the_bit_through_nesting_and_exceptions(kind, seed):
+    model, base, ids = toy(LoRAConfig(r=2, **KINDS[kind]), seed, dtype=torch.float32)
+    on, off = model(ids), base(ids)
+    assert not torch.equal(on, off)
+    with lora_disabled(model):
+        assert torch.equal(model(ids), off)
+        with lora_disabled(model):
+            assert torch.equal(model(ids), off)
+        assert torch.equal(model(ids), off)  # leaving the inner one must not switch adapters back on
+        with torch.no_grad(), lora_merged(model):
+            assert torch.equal(model(ids), off)
+    assert torch.equal(model(ids), on)
+    with pytest.raises(KeyError), lora_disabled(model):
+        raise KeyError
+    assert torch.equal(model(ids), on)
+    with torch.no_grad(), lora_merged(model), lora_disabled(model):
+        assert torch.equal(model(ids), off)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_adapters_only_and_match_finite_differences(kind):
+    model, _, ids = toy(LoRAConfig(r=2, **KINDS[kind]))
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith("out.trained") for name in trainable)
+    weights = torch.randn(4, 3, 5, dtype=torch.float64)
+    (model(ids) * weights).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in trainable.values())
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in trainable)
+    for name, p in trainable.items():
+        if "dora" in kind and "magnitude" not in name:
+            continue  # DoRA detaches its norm on purpose: see the next test
+        with torch.no_grad():
+            step, flat = 1e-6, p.view(-1)
+            flat[0] += step
+            up = (model(ids) * weights).sum()
+            flat[0] -= 2 * step
+            down = (model(ids) * weights).sum()
+            flat[0] += step
+        assert p.grad.view(-1)[0].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-5, abs=1e-7)
+
+
+def test_dora_gradient_is_that_with_the_norm_held_fixed():
+    model, base, ids = toy(LoRAConfig(r=2, use_dora=True, target_modules=["out"]))
+    layer, hidden = model.out, {}
+    layer.register_forward_pre_hook(lambda module, args: hidden.update(x=args[0].detach()))
+    (model(ids) ** 2).sum().backward()
+    A, B, m = (
+        p.detach().clone().requires_grad_()
+        for p in (layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector)
+    )
+    norm = (base.out.weight + 4 * B @ A).norm(dim=1).detach()
+    y = F.linear(hidden["x"], (m / norm).unsqueeze(1) * (base.out.weight.detach() + 4 * B @ A), base.out.bias.detach())
+    (y**2).sum().backward()
+    for ours, exact in ((layer.lora_A.weight, A), (layer.lora_B.weight, B), (layer.lora_magnitude_vector, m)):
+        torch.testing.assert_close(ours.grad, exact.grad)
+
+
+def test_initialisations_have_the_distributions_they_name():
+    torch.manual_seed(0)
+    make = lambda **kwargs: apply_lora(nn.Sequential(nn.Linear(400, 300)), LoRAConfig(r=64, **kwargs))[0]
+    layer = make()
+    A = layer.lora_A.weight
+    assert not layer.lora_B.weight.any() and A.abs().max() <= 1 / 20
+    assert A.var().item() == pytest.approx(1 / (3 * 400), rel=0.03)  # uniform on ±1/sqrt(in)
+    layer = make(init_lora_weights="gaussian")
+    assert not layer.lora_B.weight.any() and layer.lora_A.weight.std().item() == pytest.approx(1 / 64, rel=0.03)
+    kurtosis = (layer.lora_A.weight**4).mean() / layer.lora_A.weight.var() ** 2
+    assert kurtosis.item() == pytest.approx(3.0, rel=0.1)
+    layer = make(init_lora_weights="pissa")
+    S = torch.linalg.svdvals(layer.base_layer.weight)
+    product = layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+    torch.testing.assert_close(torch.linalg.svdvals(product)[:64], S[:64], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.linalg.svdvals(layer.residual)[:200], S[64:264], atol=1e-4, rtol=1e-4)
+
+
+def test_backward_is_refused_while_weights_are_merged():
+    model, _, ids = toy(LoRAConfig(r=2))
+    outside = model(ids).sum()
+    with lora_merged(model):
+        with pytest.raises(RuntimeError, match="merged"):
+            outside.backward()
+        inside = model(ids).sum()
+    with pytest.raises(RuntimeError, match="merged"):
+        inside.backward()
+    model(ids).sum().backward()  # and afterwards all is as before
+
+
+def test_dropout_acts_in_training_mode_on_the_adapter_alone():
+    model, base, ids = toy(LoRAConfig(r=2, lora_dropout=0.5, target_modules=["out"]))
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+    with lora_disabled(model):
+        assert torch.equal(model(ids), base(ids))
+    torch.manual_seed(0)
+    mean = torch.stack([model(ids) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, model.eval()(ids), atol=0.1, rtol=0.05)
+
+
+def test_param_groups_give_each_kind_its_rate_and_miss_nothing():
+    model, *_ = toy(LoRAConfig(r=2, use_dora=True, modules_to_save=["out"], target_modules=["up", "mix"]))
+    found = {g["name"]: g for g in param_groups(model, 1e-3, lora_plus_ratio=16, modules_to_save_lr=1e-5)}
+    assert {name: g["lr"] for name, g in found.items()} == {"A": 1e-3, "B": 1.6e-2, "full": 1e-5}
+    assert {name: len(g["params"]) for name, g in found.items()} == {"A": 2, "B": 4, "full": 2}  # B and magnitudes
+    assert {id(p) for g in found.values() for p in g["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+    assert {g["lr"] for g in param_groups(model, 1e-3)} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"target_modules": ["q_proj"]}, ["q_proj", "mix, out, up"]),
+        ({"target_modules": "layers.*"}, ["layers", "up"]),
+        ({"target_modules": ["up", "nope"]}, ["nope"]),
+        ({"target_modules": ["embed"]}, ["embed", "no linear layer"]),
+        ({"modules_to_save": ["score"]}, ["modules_to_save", "score", "out"]),
+        ({"rank_pattern": {"gate": 4}}, ["gate"]),
+        ({"r": 9, "init_lora_weights": "pissa"}, ["up", "r = 9", "PiSSA"]),
+        ({"r": 0}, ["r = 0"]),
+        ({"r": 2.5}, ["r = 2.5"]),
+        ({"rank_pattern": {"up": -1}}, ["rank_pattern", "-1"]),
+        ({"lora_dropout": 1.0}, ["lora_dropout"]),
+        ({"bias": "all"}, ["bias", "modules_to_save"]),
+        ({"init_lora_weights": "olora"}, ["olora", "pissa"]),
+    ],
+)
+def test_a_lora_config_that_cannot_work_is_refused_in_one_line_that_says_what_would(config, words):
+    with pytest.raises(ValueError) as refusal:
+        apply_lora(Toy(), LoRAConfig(**config))
+    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)
+
+
+def test_adapters_are_float32_on_a_bf16_base_and_outputs_stay_bf16():
+    model, base, ids = toy(LoRAConfig(r=2), dtype=torch.bfloat16)
+    assert model.up.lora_A.weight.dtype == torch.float32 and model(ids).dtype == torch.bfloat16
+    with lora_disabled(model):
+        assert torch.equal(model(ids), base(ids))
+
+
+# ----------------------------------------------------------------------------------------------------------- rewards
+
+numbers = st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=10**4)
+
+
+@given(numbers, numbers)
+def test_numbers_are_equal_exactly_when_the_fractions_are(a, b):
+    forms = [
+        lambda x: f"{x.numerator}/{x.denominator}",
+        lambda x: rf"\frac{{{x.numerator}}}{{{x.denominator}}}",
+        lambda x: rf"${'-' if x < 0 else ''}\dfrac{{{abs(x.numerator)}}}{{{x.denominator}}}$.",
+        lambda x: f"{x.numerator * 100}/{x.denominator}%",
+    ]
+    for write, write_b in itertools.product(forms, forms):
+        assert answers_match(write(a), write_b(a))
+        assert answers_match(write(a), write_b(b)) == answers_match(write_b(b), write(a)) == (a == b)
+
+
+@given(st.integers(-(10**9), 10**9), st.integers(0, 6))
+def test_decimals_percent_separators_and_exponents_are_exact(n, places):
+    decimal = f"{n / 10**places:.{places}f}"
+    exact = Fraction(n, 10**places)
+    assert canonical_answer(decimal) == exact == canonical_answer(f"{n}e-{places}")
+    assert canonical_answer(f"{decimal}%") == exact / 100 == canonical_answer(f"{decimal}\\%")
+    assert canonical_answer(f"{n:,}") == n == canonical_answer(f"{n:,}".replace(",", "{,}"))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        ("1", "12345", False), ("12", "1 2", False), ("1 1/2", "1.5", True), ("1 1/2", "11/2", False), ("0.1", "1/10", True),
+        ("0.3333", "1/3", False), ("50%", "0.5", True), ("50%", "50", False), (r"1\frac12", "3/2", True), ("$18", "18.", True),
+        ("x = 5", "5", True), ("1/0", "1/0", True), ("1/0", "0", False), ("5²", "52", False), ("٣", "3", False), ("１", "1", False),
+        ("\u200f18\u200e", "18", True), ("−3", "-3", True), ("12,34", "1234", False), ("A", "a", True), (r"\text{yes}", "Yes", True),
+        ("x + 1", "x+1", True), ("1e999999999", "1e999999998", False), ("-0", "0", True), ("97**98**99", "97**98**99", True),
+        ("nan", "nan", True), (".5", "0.5", True), ("2", "2.0000000000000000000001", False), (18, "18", True), ("", "0", False),
+    ],
+)  # fmt: skip
+def test_answers_match_examples(left, right, same):
+    assert answers_match(left, right) == answers_match(right, left) == same
+
+
+def test_a_missing_answer_equals_nothing_not_even_another():
+    assert not answers_match(None, None) and not answers_match(None, "None") and not answers_match("x", None)
+    assert accuracy_reward(None, ["no answer here"], [None]) == [None]
+    assert accuracy_reward(None, ["no answer here", r"\boxed{}"], ["7", "7"]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{1} or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{a{b}{c{d}}e}", "a{b}{c{d}}e"),
+        (r"\boxed{3", None), (r"\boxed{3} and \boxed{4", "3"), (r"{ \boxed{5}", "5"), (r"} \boxed {6} }", "6"),
+        (r"\boxed{\{7\}}", r"\{7\}"), (r"\boxed{\boxed{8}}", "8"), ("<answer> 9 </answer>", "9"),
+        ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>1</answer> <answer>2", "1"), ("#### 3 \nmore", "3"),
+        ("#### 3\n#### 4", "4"), (r"<answer>\boxed{5}</answer>", "5"), (r"\boxed{ } <answer>6</answer>", "6"),
+        (r"<think>\boxed{1}</think> <answer>2</answer>", "2"), ("I count 12345 ways", None), ("", None), ("####", None),
+        ("</answer>7<answer>", None),
+    ],
+)  # fmt: skip
+def test_extract_answer_examples(text, answer):
+    assert extract_answer(text) == answer
+
+
+HOSTILE = [r"\boxed{", "{", "<answer>", "</answer>", "<think>", r"\text{", r"\frac{", "####", "1,", "9", "\u202e", "- ", "\\", "e9",
+           "$", "\ud800", "\n", "Step 1:", "x=", "1 ", "½", "١"]  # fmt: skip
+texts = st.one_of(
+    st.text(max_size=60),
+    st.lists(st.sampled_from([*HOSTILE, "}", "%", "/", ".", ",", "</think>", "First,", "a"]), max_size=30).map("".join),
+)
+RANGES = {"accuracy": (0, 1), "format": (0, 1), "tag_count": (0, 1), "reasoning_steps": (0, 1), "length": (-0.5, 0.5),
+          "cosine": (-1, 1), "repetition_penalty": (-1, 0), "soft_overlong_penalty": (-1, 0)}  # fmt: skip
+
+
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
+def test_rewards_are_total_deterministic_and_in_range(pairs):
+    completions, golds = [c for c, _ in pairs], [g for _, g in pairs]
+    chat = [[{"role": "assistant", "content": c}] for c in completions]
+    for name, reward in REWARDS.items():
+        scores = reward(prompts=["p"] * len(pairs), completions=completions, answer=golds)
+        assert scores == reward(prompts=["p"] * len(pairs), completions=chat, answer=golds)
+        low, high = RANGES[name]
+        assert len(scores) == len(pairs) and all(s is None or low <= s <= high for s in scores)
+    for text in completions:
+        assert answers_match(text, text)  # reflexive on anything
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_rewards_take_time_linear_in_the_text(piece):
+    text = piece * (100_000 // len(piece))
+    start = time.process_time()
+    for reward in REWARDS.values():
+        reward(prompts=["p"], completions=[text], answer=[text])
+    assert time.process_time() - start < 5.0  # some 0.3 s where this was written; quadratic would be minutes
+
+
+def test_reward_values_by_hand():
+    def score(name, *completions, **columns):
+        return REWARDS[name](prompts=["p"] * len(completions), completions=list(completions), **columns)
+
+    good = "<think>\nStep 1: add\n</think>\n<answer>3</answer>"
+    assert score("format", good, good + " bye", "x" + good, good.replace("</think>", ""), good * 2) == [1, 0, 0, 0, 0]
+    assert score("tag_count", good, "<think><think></think>", "") == [1.0, 0.25, 0.0]
+    assert score("reasoning_steps", "1. a\n2. b\n3. c\n4. d", "First, a. Next, b.", "none") == [1.0, 2 / 3, 0.0]
+    ids = [[0] * 10, [0] * 20, [0] * 30, [0] * 20]
+    right, wrong = "#### 1", "#### 2"
+    got = score("length", right, wrong, right, wrong, answer=["1"] * 4, completion_ids=ids)
+    assert got == [0.5, 0.0, -0.5, 0.0]
+    assert REWARDS["length"](prompts=["p", "q"], completions=[right] * 2, answer=["1"] * 2, completion_ids=ids[:2]) == [
+        0,
+        0,
+    ]
+    got = score(
+        "cosine",
+        right,
+        right,
+        right,
+        wrong,
+        answer=["1"] * 4,
+        completion_ids=[[], [0] * 50, [0] * 999, []],
+        max_len=100,
+    )
+    assert got == pytest.approx([1.0, 0.75, 0.5, -1.0])
+    assert score("repetition_penalty", "a b c d", "a b c a b c", "A b") == [0.0, pytest.approx(-0.25), 0.0]
+    over = {"max_completion_len": 100, "soft_punish_cache": 20}
+    lengths = [[0] * n for n in (80, 90, 100, 101)]
+    assert score("soft_overlong_penalty", *"abcd", completion_ids=lengths, **over) == [0.0, -0.5, -1.0, -1.0]
+
+
+def test_rewards_are_found_by_name_by_file_and_by_module(tmp_path):
+    (tmp_path / "mine.py").write_text("def my_reward(completions, **columns):\n    return [0.5 for _ in completions]\n")
+    assert load_reward(f"{tmp_path}/mine.py:my_reward")(completions=["a"]) == [0.5]
+    assert load_reward("accuracy") is load_reward("accuracy_reward") is load_reward("rewards:accuracy_reward")
+    assert load_reward("format") is REWARDS["format"]
+    for spec, words in [
+        ("acuracy", "accuracy"), (f"{tmp_path}/mine.py:other", "my_reward"), (f"{tmp_path}/none.py:f", "none.py"),
+        ("no.such.module:f", "no.such.module"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            load_reward(spec)
+
+
+def test_demo_task_thinks_right_and_every_problem_is_distinct():
+    problems = rewards_module.sum_problems()
+    assert len({p["prompt"][0]["content"] for p in problems}) == len(problems) == 1000
+    assert problems == rewards_module.sum_problems() != rewards_module.sum_problems(seed=1)
+    replies = [rewards_module.sum_completion(p, think=True) for p in problems]
+    assert set(accuracy_reward(None, replies, [p["answer"] for p in problems])) == {1.0}
+    assert set(REWARDS["format"](None, replies)) == {1.0}
