@@ -808,7 +808,7 @@ class GRPOTrainer:
             )
         self.reference = reference or default_reference(model)
         if args.gradient_checkpointing:
-            lm.core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lm.core.activation_checkpointing_enable({"use_reentrant": False})
         groups = param_groups(model, args.learning_rate, args.lora_plus_ratio, args.modules_to_save_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
@@ -1454,12 +1454,8 @@ DEMO_SETTINGS = {  # what `python grpo_lora.py` does, unless told otherwise
 }
 
 
-def make_demo_model(directory: Path, steps: int = 600) -> None:
-    """Pre-train a tiny chat model on sums of three digits, with two habits: to answer at once, mostly wrong, and to think
-    first, which comes out right. It prefers the first. GRPO will find out that the second pays.
-
-    An ordinary transformers directory; written under another name and then renamed, so that it is whole or not there.
-    """
+def demo_tokenizer() -> Any:
+    """A tokenizer whose tokens are whole numbers, signs and tags, with a chat template."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     words = ["<pad>", "<end>", "<user>", "<assistant>", "<unk>", "<think>", "</think>", "<answer>", "</answer>"]
@@ -1474,9 +1470,19 @@ def make_demo_model(directory: Path, steps: int = 600) -> None:
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last or m.role != 'assistant' %}<end>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
+    return tokenizer
+
+
+def make_demo_model(directory: Path, steps: int = 600) -> None:
+    """Pre-train a tiny chat model on sums of three digits, with two habits: to answer at once, mostly wrong, and to think
+    first, which comes out right. It prefers the first. GRPO will find out that the second pays.
+
+    An ordinary transformers directory; written under another name and then renamed, so that it is whole or not there.
+    """
+    tokenizer = demo_tokenizer()
     transformers.set_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
@@ -1485,17 +1491,18 @@ def make_demo_model(directory: Path, steps: int = 600) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = get_scheduler("cosine", optimizer, steps // 10, steps)
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: int(torch.randint(n, (1,), generator=generator))
+    draw = lambda n: torch.randint(n, (128,), generator=generator).tolist()
     for _ in tqdm(range(steps), desc="pre-training the demo's base model", unit="batch", disable=None):
-        rows, labels = [], []
-        for _ in range(128):
-            i = draw(len(problems))
-            think, right = draw(100) < 30, draw(100) < 20
-            reply = sum_completion(problems[i], think, None if think or right else draw(28))
-            ids = tokenizer(reply, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-            rows.append(torch.tensor(prompts[i] + ids))
-            labels.append(torch.tensor([-100] * len(prompts[i]) + ids))
-        ids = pad_sequence(rows, batch_first=True, padding_value=0)
+        chosen, habits = draw(len(problems)), zip(draw(100), draw(100), draw(28), strict=True)
+        replies = [
+            sum_completion(problems[i], think < 30, None if think < 30 or right < 20 else guess)
+            for i, (think, right, guess) in zip(chosen, habits, strict=True)
+        ]
+        ends = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokenizer(replies).input_ids]
+        starts = [torch.tensor(prompts[i]) for i in chosen]
+        pairs = list(zip(starts, ends, strict=True))
+        ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True, padding_value=0)
+        labels = [torch.cat([torch.full_like(start, -100), end]) for start, end in pairs]
         loss = model(input_ids=ids, labels=pad_sequence(labels, batch_first=True, padding_value=-100)).loss
         optimizer.zero_grad()
         loss.backward()

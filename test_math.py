@@ -8,14 +8,13 @@ import copy
 import itertools
 import math
 import os
-import string
 import time
 from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,10 +24,8 @@ from grpo_lora import (
     AGGREGATION,
     VARIANTS,
     GRPOConfig,
-    Rollout,
     _TokenLogps,
     completion_mask,
-    generate,
     group_advantages,
     grpo_loss,
     kl_penalty,

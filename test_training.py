@@ -1,0 +1,1043 @@
+"""The machine: models of many families, rollouts, training, files, faults, processes - and the gallery of known bugs.
+
+Models are tiny and made from configs; nothing is downloaded. What can be exact is compared exactly.
+"""
+
+import asyncio
+import contextlib
+import copy
+import dataclasses
+import inspect
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig
+
+import grpo_lora
+import rewards
+from grpo_lora import (
+    DEMO_SETTINGS,
+    GAP,
+    CausalLM,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardError,
+    Rollout,
+    adapter_dropout,
+    completion_logps,
+    completion_mask,
+    default_reference,
+    demo_tokenizer,
+    encode_prompt,
+    generate,
+    group_advantages,
+    grpo_loss,
+    main,
+    printable,
+)
+from lora import (
+    LoRAConfig,
+    LoRALinear,
+    apply_lora,
+    load_lora,
+    lora_disabled,
+    lora_merged,
+    lora_snapshot,
+    merge_and_unload,
+    save_lora,
+)
+
+settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=20)
+settings.load_profile("default")
+
+TOKENIZER = demo_tokenizer()
+VOCAB, EOS, PAD = len(TOKENIZER), TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
+ROWS = rewards.sum_problems()[:40]
+
+
+def tiny_model(seed: int = 0, config: type | None = None, dtype=torch.float32, **kwargs):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB, "eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None}
+    if config is None:
+        sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
+    return AutoModelForCausalLM.from_config((config or LlamaConfig)(**sizes | kwargs)).to(dtype).eval()
+
+
+def with_adapters(model, seed: int = 1, random: bool = True, **config):
+    """`model` with adapters; random ones, unless told otherwise, so that they matter."""
+    torch.manual_seed(seed)
+    model = apply_lora(model, LoRAConfig(**{"r": 4, "lora_alpha": 8} | config))
+    for name, p in model.named_parameters():
+        if random and p.requires_grad and "lora_" in name and "magnitude" not in name:
+            nn.init.normal_(p, std=0.2)
+    return model
+
+
+def prompts(lengths=(4, 7), seed: int = 0):
+    """Left-padded prompts of random tokens: (P, L) ids and mask."""
+    g = torch.Generator().manual_seed(seed)
+    ids, mask = torch.full((len(lengths), max(lengths)), PAD), torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
+    for row, n in enumerate(lengths):
+        ids[row, -n:], mask[row, -n:] = torch.randint(5, VOCAB, (n,), generator=g), True
+    return ids, mask
+
+
+def sample(model, ids, mask, seed: int = 0, **kwargs) -> Rollout:
+    options = {"num_generations": 3, "max_completion_length": 8, "temperature": 0.7, "eos_token_ids": [EOS, 7, 9]}
+    options |= {"pad_token_id": PAD, "generator": torch.Generator().manual_seed(seed)}
+    return generate(model, ids, mask, **options | kwargs)
+
+
+def one_by_one(model, rollout: Rollout, temperature: float = 0.7) -> torch.Tensor:
+    """The log-probs again, the simplest way there is: each row alone, no padding, no cache, the model's own logits."""
+    G, out = rollout.num_generations, torch.zeros(rollout.completion_ids.shape, dtype=torch.float64)
+    with torch.no_grad():
+        for row, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask, strict=True)):
+            prompt = rollout.prompt_ids[row // G][rollout.prompt_mask[row // G]]
+            whole = torch.cat([prompt, ids[mask]]).unsqueeze(0)
+            logits = model(input_ids=whole).logits[0].double() / temperature
+            n = int(mask.sum())
+            out[row, :n] = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[mask].unsqueeze(1)).squeeze(1)
+    return out
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def digits(completions, **columns):
+    """A reward that tells random completions apart: how many characters are digits."""
+    return [sum(c.isdigit() for c in rewards.completion_text(text)) / 4 for text in completions]
+
+
+def trainer(model=None, reward=digits, rows=ROWS, eval_rows=None, **args) -> GRPOTrainer:
+    defaults = {"max_steps": 2, "prompts_per_step": 4, "num_generations": 4, "max_completion_length": 8}
+    defaults |= {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_steps": 0}
+    model = with_adapters(tiny_model(), random=False) if model is None else model
+    return GRPOTrainer(model, reward, GRPOConfig(**defaults | args), rows, eval_rows, TOKENIZER)
+
+
+def update(t: GRPOTrainer, index: int = 0) -> dict:
+    t.seed("update", index)
+    return t.update(t.batch(index))
+
+
+def adapters_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ----------------------------------------------------------------------------------------------------------- rollout
+
+
+def test_rows_end_with_their_first_eos_and_are_padded_after_it():
+    model, (ids, mask) = tiny_model(), prompts()
+    rollout = sample(model, ids, mask, num_generations=8, max_completion_length=12)
+    assert torch.equal(rollout.completion_mask, completion_mask(rollout.completion_ids, [EOS, 7, 9]))
+    lengths = rollout.completion_mask.sum(1)
+    assert lengths.max() == rollout.completion_ids.shape[1] and len(lengths.unique()) > 2
+    ends = {int(row[n - 1]) for row, n in zip(rollout.completion_ids, lengths, strict=True) if n < 12}
+    assert len(ends) > 1 and ends <= {EOS, 7, 9}  # each of several EOS ids ends a row
+    assert (rollout.completion_ids[~rollout.completion_mask] == PAD).all()
+    assert (rollout.logps[~rollout.completion_mask] == 0).all() and (rollout.logps[rollout.completion_mask] < 0).all()
+    pad_is_eos = sample(model, ids, mask, num_generations=8, max_completion_length=12, pad_token_id=EOS)
+    assert torch.equal(pad_is_eos.completion_mask, rollout.completion_mask)  # the chosen EOS stays inside
+    endless = sample(model, ids, mask, eos_token_ids=[])
+    assert endless.completion_ids.shape == (6, 8) and endless.completion_mask.all()
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_tempered_softmax():
+    model, (ids, mask) = tiny_model(), prompts((3,))
+    rollout = sample(model, ids, mask, num_generations=20000, max_completion_length=1, temperature=0.5)
+    p = (model(input_ids=ids).logits[0, -1].double() / 0.5).softmax(-1)
+    counts = torch.bincount(rollout.completion_ids[:, 0], minlength=VOCAB).double()
+    chi2 = ((counts - 20000 * p) ** 2 / (20000 * p)).sum().item()
+    assert chi2 < VOCAB - 1 + 5 * math.sqrt(2 * VOCAB)  # five sigma
+    torch.testing.assert_close(rollout.logps[:, 0].double(), p.log()[rollout.completion_ids[:, 0]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_what_a_row_draws_depends_on_no_other_row(split):
+    model, (ids, mask) = tiny_model(dtype=torch.float64), prompts((4, 7, 5, 2))
+    together, generator, parts = sample(model, ids, mask), torch.Generator().manual_seed(0), []
+    for i in range(0, 4, split):
+        parts.append(sample(model, ids[i : i + split], mask[i : i + split], generator=generator))
+    rows = [row[m] for part in parts for row, m in zip(part.completion_ids, part.completion_mask, strict=True)]
+    for row, m, own in zip(together.completion_ids, together.completion_mask, rows, strict=True):
+        assert torch.equal(row[m], own)
+
+
+def test_generation_leaves_the_model_as_it_was_and_acts_in_eval_mode():
+    model = with_adapters(tiny_model(attention_dropout=0.5), lora_dropout=0.5)
+    ids, mask = prompts()
+    model.train()
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    rollout = sample(model, ids, mask)
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    torch.testing.assert_close(rollout.logps.double(), one_by_one(model.eval(), rollout), atol=1e-5, rtol=0)
+
+
+def test_the_models_own_generation_config_has_no_say():
+    model, (ids, mask) = tiny_model(), prompts()
+    before = sample(model, ids, mask)
+    model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=1, top_p=0.1, temperature=0.1)
+    assert torch.equal(sample(model, ids, mask).completion_ids, before.completion_ids)
+
+
+def test_merged_and_unmerged_rollouts_are_the_same():
+    model, (ids, mask) = with_adapters(tiny_model(dtype=torch.float64)), prompts()
+    plain = sample(model, ids, mask)
+    with lora_merged(model):
+        merged = sample(model, ids, mask)
+    assert torch.equal(plain.completion_ids, merged.completion_ids)
+    torch.testing.assert_close(plain.logps, merged.logps)
+
+
+# --------------------------------------------------------------------------------------------------------- log-probs
+
+
+@given(seed=st.integers(0, 99), chunk=st.integers(1, 20), left=st.integers(0, 3), right=st.integers(0, 3))
+@settings(max_examples=10)
+def test_log_probs_ignore_chunking_sharing_and_padding(seed, chunk, left, right):
+    model = with_adapters(tiny_model(dtype=torch.float64))
+    ids, mask = prompts((2, 6), seed)
+    rollout = sample(model, ids, mask, seed)
+    weights = torch.randn(rollout.logps.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    plain, entropies = completion_logps(model, rollout, temperature=0.7, share_prompt=False)
+    wider = Rollout(
+        nn.functional.pad(ids, (left, 0), value=3), nn.functional.pad(mask, (left, 0)),
+        nn.functional.pad(rollout.completion_ids, (0, right), value=5), nn.functional.pad(rollout.completion_mask, (0, right)),
+        nn.functional.pad(rollout.logps, (0, right)),
+    )  # fmt: skip
+    logps, entropies2 = completion_logps(model, wider, temperature=0.7, chunk_size=chunk)
+    T = plain.shape[1]
+    torch.testing.assert_close(logps[:, :T], plain)
+    torch.testing.assert_close(entropies2[:, :T], entropies)
+    assert not logps[:, T:].any() and (logps[~wider.completion_mask] == 0).all()
+    wanted, got = gradients(model, (plain * weights).sum()), gradients(model, (logps[:, :T] * weights).sum())
+    for name in wanted:  # Llama's norms compute in float32, whence the tolerance
+        torch.testing.assert_close(got[name], wanted[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lm_head adapter", "lm_head copy", "everything", "tied"])
+def test_a_trained_head_gets_the_gradient_of_the_plain_computation(kind):
+    model = tiny_model(dtype=torch.float64, tie_word_embeddings=kind == "tied")
+    if kind == "lm_head copy":
+        with_adapters(model, modules_to_save=["lm_head"])
+    elif kind in ("lm_head adapter", "tied"):
+        with_adapters(model, target_modules=["lm_head", "q_proj"])
+    rollout = sample(model, *prompts())
+    logps, entropies = completion_logps(model, rollout, temperature=0.7, chunk_size=3)
+    torch.testing.assert_close(logps.detach(), one_by_one(model, rollout), atol=1e-9, rtol=0)
+    assert not entropies.requires_grad
+    plain = 0.0
+    for row, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask, strict=True)):
+        prompt = rollout.prompt_ids[row // 3][rollout.prompt_mask[row // 3]]
+        logits = model(input_ids=torch.cat([prompt, ids[mask]]).unsqueeze(0)).logits[0] / 0.7
+        own = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[mask].unsqueeze(1))
+        plain = plain + (row + 1) * own.sum()
+    weights = torch.arange(1, 7).unsqueeze(1)
+    wanted, got = gradients(model, plain), gradients(model, (logps * weights).sum())
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], atol=1e-4, rtol=1e-4)
+
+
+def test_scoring_changes_no_input():
+    model = with_adapters(tiny_model())
+    rollout = sample(model, *prompts())
+    before = copy.deepcopy(rollout)
+    for share in (True, False):
+        logps, _ = completion_logps(model, rollout, temperature=0.7, share_prompt=share)
+        logps.sum().backward()
+    for f in dataclasses.fields(Rollout):
+        assert torch.equal(getattr(rollout, f.name), getattr(before, f.name))
+
+
+def test_a_rollout_without_tokens_to_train_has_zero_gradient():
+    model = with_adapters(tiny_model())
+    rollout = sample(model, *prompts())
+    rollout.completion_mask = torch.zeros_like(rollout.completion_mask)
+    logps, _ = completion_logps(model, rollout, temperature=1.0)
+    assert not logps.any() and not any(g.any() for g in gradients(model, logps.sum()).values())
+
+
+def test_no_tensor_has_the_size_of_completion_times_vocabulary():
+    """With a vocabulary of 262,144, scoring 64 tokens a few at a time never holds 64 rows of logits."""
+    model = tiny_model(
+        vocab_size=262_144, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = with_adapters(model)
+    ids = torch.randint(5, 1000, (1, 4))
+    completions = torch.randint(5, 1000, (4, 16))
+    rollout = Rollout(
+        ids, torch.ones_like(ids).bool(), completions, torch.ones_like(completions).bool(), torch.zeros(4, 16)
+    )
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                largest = max(largest, t.numel() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    with Watch():
+        logps, _ = completion_logps(model, rollout, temperature=1.0, chunk_size=4)
+        logps.sum().backward()
+    assert largest <= 8 * 262_144  # the weights themselves; the logits would be 64 rows
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_activation_checkpointing_reaches_adapters_over_frozen_embeddings_and_changes_no_gradient(training):
+    model = with_adapters(tiny_model(dtype=torch.float64))
+    rollout = sample(model, *prompts())
+    wanted = gradients(model, completion_logps(model, rollout, temperature=0.7)[0].sum())
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    if training:
+        model.train()
+    with adapter_dropout(model) if not training else contextlib.nullcontext():
+        logps, _ = completion_logps(model, rollout, temperature=0.7)
+        got = gradients(model, logps.sum())
+    torch.testing.assert_close(logps.detach(), one_by_one(model.eval(), rollout), atol=1e-9, rtol=0)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], atol=1e-5, rtol=1e-5)
+
+
+def test_one_step_of_a_whole_lora_model_by_finite_differences():
+    model = with_adapters(
+        tiny_model(config=GPT2Config, dtype=torch.float64, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    )
+    rollout = sample(model, *prompts())
+    A = group_advantages(torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).flatten()
+    old = completion_logps(model, rollout, temperature=0.7)[0].detach() + 0.05
+    ref = old - 0.1
+
+    def loss():
+        logps, _ = completion_logps(model, rollout, temperature=0.7)
+        return grpo_loss(logps, old, A, rollout.completion_mask, ref_logps=ref, beta=0.1, loss_type="grpo")[0]
+
+    got = gradients(model, loss())
+    for name, p in list(model.named_parameters()):
+        if p.requires_grad:
+            direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            with torch.no_grad():
+                p += 1e-6 * direction
+                up = loss()
+                p -= 2e-6 * direction
+                down = loss()
+                p += 1e-6 * direction
+            slope = ((up - down) / 2e-6).item()
+            assert (got[name] * direction).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-7), name
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+@given(seed=st.integers(0, 999), dora=st.booleans(), tied=st.booleans())
+@settings(max_examples=8)
+def test_training_reaches_adapters_only_and_the_base_stays_bit_equal(seed, dora, tied):
+    model = tiny_model(seed % 5, tie_word_embeddings=tied)
+    base = copy.deepcopy(model)
+    model = with_adapters(model, use_dora=dora, random=False)
+    ids = torch.randint(0, VOCAB, (3, 6), generator=torch.Generator().manual_seed(seed))
+    with lora_disabled(model):
+        assert torch.equal(model(ids).logits, base(ids).logits)
+    t = trainer(model, weight_decay=0.5, seed=seed)
+    before = adapters_of(model)
+    t.train()
+    assert any(not torch.equal(before[name], p) for name, p in adapters_of(model).items())
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    with lora_disabled(model):
+        assert torch.equal(model(ids).logits, base(ids).logits)
+    own = dict(base.named_parameters())
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p, own[name.replace(".base_layer", "")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_a_thousand_times_leaves_every_bit_of_the_base(dtype):
+    model = with_adapters(tiny_model(dtype=dtype, tie_word_embeddings=True), target_modules=["lm_head", "q_proj"])
+    ids = torch.randint(0, VOCAB, (2, 5))
+    state, out = copy.deepcopy(model.state_dict()), model(ids).logits
+    with torch.no_grad():
+        for _ in range(1000):
+            with lora_merged(model):
+                pass
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and torch.equal(model(ids).logits, out)
+
+
+def test_merging_an_adapted_head_leaves_the_tied_embedding_alone(tmp_path):
+    model = with_adapters(tiny_model(tie_word_embeddings=True), target_modules=["lm_head", "v_proj"])
+    ids, embedding = torch.randint(0, VOCAB, (2, 5)), model.get_input_embeddings().weight.clone()
+    out = model(ids).logits
+    with torch.no_grad(), lora_merged(model):
+        assert torch.equal(model.get_input_embeddings().weight, embedding)
+        torch.testing.assert_close(model(ids).logits, out)
+    plain = merge_and_unload(model)
+    assert torch.equal(plain.get_input_embeddings().weight, embedding) and not plain.config.tie_word_embeddings
+    assert not any(isinstance(m, LoRALinear) for m in plain.modules())
+    plain.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, out)
+    assert torch.equal(again(ids).logits, plain(ids).logits)
+
+
+ADAPTERS = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*.up_proj": 3}},
+    "saved": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]},
+    "regex": {"target_modules": r".*\.1\..*_proj"},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_saved_adapter_comes_back_to_the_bit_and_trainable(kind, tmp_path):
+    model, ids = with_adapters(tiny_model(), **ADAPTERS[kind]), torch.randint(0, VOCAB, (2, 5))
+    save_lora(model, tmp_path)
+    again = load_lora(tiny_model(), tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == set(adapters_of(model))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["inference_mode"] and isinstance(config["target_modules"], list)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda c, t: t.pop(next(iter(t))), "is missing"),
+        (lambda c, t: t.update({"base_model.model.model.layers.9.x.lora_A.weight": torch.zeros(1)}), "layers.9.x"),
+        (lambda c, t: c.update(r=5), "another rank"),
+        (lambda c, t: c.update(peft_type="IA3"), "IA3"),
+        (lambda c, t: c.update(layers_to_transform=[0]), "layers_to_transform"),
+        (lambda c, t: c.update(target_parameters=["experts"]), "target_parameters"),
+        (lambda c, t: c.update(bias="all"), "bias"),
+        (lambda c, t: c.update(target_modules=["nope"]), "nope"),
+    ],
+)
+def test_an_adapter_file_that_does_not_fit_is_refused_by_name(damage, words, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_lora(with_adapters(tiny_model()), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    damage(config, tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=words) as refusal:
+        load_lora(tiny_model(), tmp_path)
+    assert "\n" not in str(refusal.value)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError):
+        load_lora(tiny_model(), tmp_path)
+
+
+def test_a_snapshot_is_the_policy_of_its_moment():
+    for model in (with_adapters(tiny_model()), tiny_model(tie_word_embeddings=True)):
+        ids = torch.randint(0, VOCAB, (2, 5))
+        before, snapshot = model(ids).logits, lora_snapshot(model)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.1
+        after = model(ids).logits
+        with pytest.raises(KeyError), snapshot():
+            assert torch.equal(model(ids).logits, before)
+            raise KeyError
+        assert torch.equal(model(ids).logits, after) and not torch.equal(after, before)
+
+
+def test_models_that_cannot_be_right_are_refused():
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        CausalLM(
+            transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+            )
+        )
+    with pytest.raises(ValueError, match="already carries"):
+        apply_lora(with_adapters(tiny_model()), LoRAConfig())
+    with pytest.raises(ValueError, match="no LoRA adapter"), lora_disabled(tiny_model()):
+        pass
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize(
+    "args", [{}, {"loss_type": "grpo", "beta": 0.1}, {"loss_type": "dr_grpo", "top_entropy_quantile": 0.3}]
+)
+def test_the_update_does_not_depend_on_the_micro_batch_split(args):
+    seen = []
+    for size in (4, 8, 16):
+        t = trainer(with_adapters(tiny_model(dtype=torch.float64)), per_device_train_batch_size=size, **args)
+        metrics = update(t)
+        seen.append(({name: p.grad.clone() for name, p in t.params.items()}, metrics))
+    for grads, metrics in seen[1:]:
+        for name in grads:
+            torch.testing.assert_close(grads[name], seen[0][0][name], atol=1e-6, rtol=1e-5)
+        for key in ("loss", "entropy", "grad_norm", "reward", GAP):
+            assert metrics[key] == pytest.approx(seen[0][1][key], rel=1e-5, abs=1e-9), key
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo"])
+def test_the_update_is_the_sum_over_rows_of_minus_a_grad_logp_under_the_normaliser(loss_type):
+    """Groups without advantage are skipped and micro-batches split, yet the gradient is that of the whole batch."""
+    pattern = [1.0, 0.0, 0.0, 0.5] * 2 + [1.0] * 4 + [0.0] * 4  # two of the four groups have equal rewards
+    t = trainer(
+        reward=lambda completions, **columns: pattern,
+        loss_type=loss_type,
+        max_grad_norm=1e9,
+        model=with_adapters(tiny_model()),
+    )
+    seen = []
+    original = t.sample
+    t.sample = lambda rows, n: seen.append(original(rows, n)) or seen[-1]
+    before = copy.deepcopy(t.model)
+    update(t)
+    rollout = seen[0]
+    logps, _ = completion_logps(before, rollout, temperature=1.0, share_prompt=False)
+    A = group_advantages(torch.tensor(pattern).view(4, 4)).flatten()
+    m = rollout.completion_mask
+    weight = {"dapo": 1 / m.sum(), "grpo": 1 / (m.sum(1, keepdim=True) * 16), "dr_grpo": 1 / (16 * 8), "luspo": 1 / 16}[
+        loss_type
+    ]
+    wanted = gradients(before, -(A.unsqueeze(1) * logps * weight).sum())
+    for name, p in t.params.items():
+        torch.testing.assert_close(p.grad, wanted[name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_batch_without_advantage_has_zero_gradients_and_is_still_a_step():
+    t = trainer(reward=lambda completions, **columns: [1.0] * len(completions))
+    metrics = update(t)
+    assert all(p.grad is not None and not p.grad.any() for p in t.params.values())
+    assert metrics["frac_reward_zero_std"] == 1 and metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    assert t.scheduler.last_epoch == 1
+
+
+def test_the_first_update_is_exactly_on_policy_and_later_iterations_are_not():
+    ratios = []
+    original = grpo_loss
+
+    def spy(logps, old_logps, *args, **kwargs):
+        ratios.append((logps - old_logps).detach().exp())
+        return original(logps, old_logps, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_lora, "grpo_loss", spy)
+        update(trainer(with_adapters(tiny_model(), lora_dropout=0.3)))
+        assert all((r == 1).all() for r in ratios)
+        ratios.clear()
+        t = trainer(num_iterations=2, per_device_train_batch_size=16, loss_type="grpo", learning_rate=0.05)
+        metrics = update(t)
+    assert len(ratios) == 2 and (ratios[0] == 1).all() and (ratios[1] - 1).abs().max() > 1e-3
+    assert metrics["clip_ratio/region_mean"] > 0 and t.scheduler.last_epoch == 2
+
+
+def test_the_sampler_and_the_scorer_agree_at_any_temperature():
+    for temperature in (0.5, 1.0, 1.7):
+        metrics = update(trainer(with_adapters(tiny_model(), lora_dropout=0.0), temperature=temperature))
+        assert metrics[GAP] < 1e-5
+
+
+def test_the_reference_is_the_policy_that_training_starts_from(tmp_path):
+    fresh = with_adapters(tiny_model(), random=False)
+    assert not isinstance(default_reference(fresh), lora_snapshot)  # adapter off is exactly that
+    save_lora(with_adapters(tiny_model()), tmp_path)
+    for model in (
+        load_lora(tiny_model(), tmp_path),  # a continued adapter: adapter off would be the base model
+        with_adapters(tiny_model(), random=False, init_lora_weights="pissa"),
+        tiny_model(),  # full fine-tuning
+    ):
+        assert isinstance(default_reference(model), lora_snapshot)
+    mixed = with_adapters(tiny_model(), random=False)
+    mixed.model.norm.weight.requires_grad_(True)  # trainable, but not switched off with the adapters
+    assert isinstance(default_reference(mixed), lora_snapshot)
+    for model in (fresh, load_lora(tiny_model(), tmp_path), tiny_model(), mixed):
+        t = trainer(model, beta=0.1, learning_rate=1e-3)
+        first = update(t)
+        assert first["kl"] == pytest.approx(0, abs=1e-7)
+        assert update(t, 1)["kl"] > 1e-9
+
+
+def test_truncated_rows_can_be_left_out_and_keep_their_place_in_the_statistics():
+    t = trainer(mask_truncated_completions=True, max_completion_length=3, model=with_adapters(tiny_model()))
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = grpo_loss
+        patch.setattr(grpo_lora, "grpo_loss", lambda *a, **k: calls.append((a, k)) or original(*a, **k))
+        update(t)
+    truncated = [not s["ended"] for s in t.samples]
+    assert any(truncated) and not all(truncated)
+    tokens = sum(s["length"] for s in t.samples if s["ended"])
+    assert all(k["normalizer"] == tokens for _, k in calls)
+    trained = sum(int(a[3].sum()) for a, _ in calls)
+    assert 0 < trained <= tokens
+    t = trainer(
+        mask_truncated_completions=True,
+        max_completion_length=1,
+        reward=lambda completions, **c: [float(i) for i in range(16)],
+    )
+    t.eos_token_ids = [VOCAB + 1]  # nothing ever ends: no token to train on
+    metrics = update(t)
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+
+
+def test_the_logged_loss_is_that_of_the_whole_batch():
+    t = trainer(with_adapters(tiny_model()), loss_type="dapo")
+    losses = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = grpo_loss
+
+        def spy(*a, **k):
+            losses.append(original(*a, **k))
+            return losses[-1]
+
+        patch.setattr(grpo_lora, "grpo_loss", spy)
+        metrics = update(t)
+    assert len(losses) > 1 and metrics["loss"] == pytest.approx(sum(loss.item() for loss, _ in losses))
+    assert metrics["grad_norm"] > 0
+
+
+def test_each_completion_is_graded_with_its_own_row():
+    rows = [{"prompt": f"{a}+1+1=?", "answer": str(a), "note": a} for a in range(8)]
+    seen = {}
+
+    def check(prompts, completions, completion_ids, answer, note, trainer_state, log_extra, log_metric, **columns):
+        assert all(p == f"{n}+1+1=?" and a == str(n) for p, a, n in zip(prompts, answer, note, strict=True))
+        assert [len(list(g)) for _, g in __import__("itertools").groupby(prompts)] == [4] * 4
+        assert all(isinstance(c, str) for c in completions) and len(completion_ids) == 16
+        assert trainer_state.global_step == 0 and trainer_state.max_completion_length == 8
+        log_extra("mine", list(range(16)))
+        log_metric("my_metric", 0.25)
+        seen["prompts"] = prompts
+        return [float(n) for n in note]
+
+    t = trainer(reward=check, rows=rows)
+    metrics = update(t)
+    assert metrics["my_metric"] == 0.25 and [s["mine"] for s in t.samples] == list(range(16))
+    assert metrics["rewards/check/mean"] == pytest.approx(sum(int(p[0]) for p in seen["prompts"]) / 16)
+    assert metrics["frac_reward_zero_std"] == 1  # one value a group
+
+
+def test_chat_prompts_get_chat_completions_and_solution_serves_as_answer():
+    rows = [{"prompt": row["prompt"], "solution": row["answer"]} for row in ROWS]
+
+    def check(completions, answer, solution, **columns):
+        assert answer == solution and all(c[0]["role"] == "assistant" for c in completions)
+        return [0.0] * len(completions)
+
+    update(trainer(reward=check, rows=rows))
+
+
+async def slow_reward(completions, **columns):
+    await asyncio.sleep(0)
+    return [0.5] * len(completions)
+
+
+def test_rewards_may_be_async_may_say_none_and_are_weighted():
+    half = lambda completions, **columns: [1.0 if i % 2 else None for i in range(len(completions))]
+    t = trainer(reward=[slow_reward, half], reward_weights=[2.0, 10.0])
+    metrics = update(t)
+    assert metrics["rewards/slow_reward/mean"] == 0.5 and metrics["reward"] == pytest.approx((1 + 11) / 2)
+    assert [s["rewards/slow_reward"] for s in t.samples] == [0.5] * 16
+    t = trainer(reward=lambda completions, **columns: [None] * len(completions))
+    assert math.isnan(update(t)["reward"]) and not any(p.grad.any() for p in t.params.values())
+
+
+def broken(what):
+    def reward(completions, **columns):
+        if what == "raises":
+            raise RuntimeError("boom")
+        return {"short": [1.0], "inf": [math.inf] * len(completions), "text": ["x"] * len(completions), "none": None}[
+            what
+        ]
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("raises", "boom"), ("short", "1 values for 16"), ("inf", "infinite"), ("text", "x"), ("none", "None")],
+)
+def test_a_reward_that_fails_is_named(what, words):
+    with pytest.raises(RewardError, match=f"reward reward .*{words}"):
+        update(trainer(reward=broken(what)))
+
+
+def test_a_trainer_that_cannot_work_says_so():
+    for words, make in [
+        ("no trainable parameter", lambda: trainer(tiny_model().requires_grad_(False))),
+        ("lora_dropout", lambda: trainer(with_adapters(tiny_model(), lora_dropout=0.1), num_iterations=2)),
+        ("reward_weights", lambda: trainer(reward_weights=[1.0, 2.0])),
+        ("at least one reward", lambda: trainer(reward=[])),
+        ("row 1: 'prompt'", lambda: trainer(rows=[ROWS[0], {"answer": "3"}])),
+        ("row 0: no column 'answer'", lambda: trainer(reward="accuracy", rows=[{"prompt": "1"}])),
+        ("row 0: the prompt has 80 tokens", lambda: trainer(rows=[{"prompt": "1+" * 40}])),
+        ("data set is empty", lambda: trainer(rows=[])),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+def test_prompts_take_the_chat_template_the_system_prompt_or_neither():
+    chat = [{"role": "user", "content": "1+2"}]
+    decode = lambda *args: TOKENIZER.decode(encode_prompt(*args))
+    assert decode("1+2", TOKENIZER) == "1+2"
+    assert decode(chat, TOKENIZER) == "<user>1+2<end><assistant>"
+    assert decode("1+2", TOKENIZER, "3") == decode(chat, TOKENIZER, "3") != decode(chat, TOKENIZER)
+    begun = [*chat, {"role": "assistant", "content": "<think>1"}]
+    assert decode(begun, TOKENIZER) == "<user>1+2<end><assistant><think>1"
+
+
+def test_data_order_is_a_permutation_each_epoch_and_a_function_of_the_seed():
+    t = trainer(rows=ROWS[:10], prompts_per_step=4)
+    key = lambda rows: [row["prompt"][0]["content"] for row in rows]
+    order = [k for i in range(5) for k in key(t.batch(i))]
+    assert sorted(order[:10]) == sorted(order[10:]) == sorted(key(ROWS[:10])) and order[:10] != order[10:]
+    assert key(trainer(rows=ROWS[:10]).batch(3)) == key(t.batch(3)) != key(trainer(rows=ROWS[:10], seed=1).batch(3))
+
+
+@pytest.mark.parametrize(
+    "kind", ["full", "mixed", "dora+", "pissa", "bf16", "checkpointed", "gpt2", "mamba", "two rewards"]
+)
+def test_every_kind_of_model_trains(kind):
+    args, reward = {"max_steps": 2, "beta": 0.01}, digits
+    if kind == "full":
+        model = tiny_model()
+    elif kind == "mixed":
+        model = with_adapters(tiny_model(), modules_to_save=["lm_head"], random=False)
+    elif kind == "dora+":
+        model, args = (
+            with_adapters(tiny_model(), use_dora=True, lora_dropout=0.1, random=False),
+            {"lora_plus_ratio": 4.0},
+        )
+    elif kind == "pissa":
+        model = with_adapters(tiny_model(), init_lora_weights="pissa", random=False)
+    elif kind == "bf16":
+        model = with_adapters(tiny_model(dtype=torch.bfloat16), random=False)
+    elif kind == "gpt2":
+        model = with_adapters(
+            tiny_model(config=GPT2Config, n_embd=32, n_layer=2, n_head=4, n_positions=64), random=False
+        )
+    elif kind == "mamba":
+        model = with_adapters(
+            tiny_model(config=MambaConfig, hidden_size=32, num_hidden_layers=2, state_size=4), random=False
+        )
+    else:
+        model = with_adapters(tiny_model(), random=False)
+        args |= {"gradient_checkpointing": kind == "checkpointed"}
+        reward = [digits, digits] if kind == "two rewards" else digits
+    before = adapters_of(model)
+    metrics = trainer(model, reward, **args).train()
+    assert metrics["grad_norm"] > 0 and metrics[GAP] < (
+        0.05 if kind in ("bf16", "dora+") else 1e-4
+    )  # rounding, dropout
+    assert sum(not torch.equal(before[name], p) for name, p in adapters_of(model).items()) >= len(before) / 2
+    if kind == "two rewards":
+        assert metrics["reward"] == pytest.approx(metrics["rewards/digits_0/mean"] + metrics["rewards/digits_1/mean"])
+
+
+def test_reward_rises_on_a_task_that_can_be_learnt():
+    first_token = lambda completion_ids, **columns: [float(ids[0] == 20) for ids in completion_ids]
+    model = with_adapters(tiny_model(), random=False, target_modules=["down_proj", "lm_head"])
+    sizes = {"max_completion_length": 2, "prompts_per_step": 8, "num_generations": 8}
+    t = trainer(model, first_token, max_steps=25, learning_rate=0.03, **sizes)
+    assert update(t)["reward"] < 0.3
+    assert t.train()["reward"] > 0.9
+
+
+# ---------------------------------------------------------------------------------------------- a run's files, resuming
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(folder: Path, stop_at: int | None = None, **args) -> GRPOTrainer:
+    """A small run with files: six updates, a checkpoint every second one. stop_at: ask it to stop during that update."""
+    defaults = {"output_dir": str(folder), "max_steps": 6, "save_steps": 2, "save_total_limit": None, "eval_steps": 3}
+    t = trainer(with_adapters(tiny_model(), lora_dropout=0.1, random=False), eval_rows=ROWS[:5], **defaults | args)
+    original = t.update
+
+    def watched(rows):
+        t.stop = t.step + 1 == stop_at
+        return original(rows)
+
+    t.update = watched
+    t.train()
+    return t
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Adapter files equal to the byte, metrics equal but for times, without gaps or doubles."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (a / "adapter" / name).read_bytes() == (b / "adapter" / name).read_bytes()
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
+    assert drop(lines(a / "metrics.jsonl")) == drop(lines(b / "metrics.jsonl"))
+    assert lines(a / "completions.jsonl") == lines(b / "completions.jsonl")
+    assert [row["step"] for row in lines(b / "metrics.jsonl")] == list(range(7))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    run(folder)
+    return folder
+
+
+def test_stopping_and_resuming_is_the_same_run_to_the_bit(straight, tmp_path):
+    assert run(tmp_path, stop_at=3).step == 3  # saves there, out of turn
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "reward": 1}\n{"step": 5, "rew')  # what a crash may leave behind: ahead, and torn
+    run(tmp_path, resume=True)
+    same_run(straight, tmp_path)
+
+
+def test_several_iterations_and_a_reference_resume_to_the_bit(tmp_path):
+    def go(name, steps, **more):
+        args = {"num_iterations": 2, "beta": 0.1, "output_dir": str(tmp_path / name), "save_steps": 2}
+        trainer(max_steps=steps, **args | more).train()
+        return (tmp_path / name / "adapter/adapter_model.safetensors").read_bytes()
+
+    assert go("straight", 6) != go("resumed", 4)
+    assert go("resumed", 6, resume=True) == go("straight2", 6)
+
+
+def test_a_damaged_checkpoint_is_named_passed_over_and_left_alone(straight, tmp_path, capsys):
+    run(tmp_path, stop_at=4)
+    weights = tmp_path / "checkpoint-4/trainable.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # a single bit
+    weights.write_bytes(data)
+    (tmp_path / "checkpoint-9").mkdir()  # torn before it had anything
+    run(tmp_path, resume=True)
+    said = capsys.readouterr().err
+    assert (
+        "checkpoint-4: trainable.safetensors has changed" in said and "checkpoint-9" in said and "checkpoint-2" in said
+    )
+    same_run(straight, tmp_path)
+    assert bytes(data) in [p.read_bytes() for p in tmp_path.glob("torn-checkpoint-4-*/trainable.safetensors")]
+
+
+def test_resuming_without_a_checkpoint_starts_over_and_says_so(straight, tmp_path, capsys):
+    run(tmp_path, max_steps=0)
+    run(tmp_path, resume=True)
+    assert "no intact checkpoint" in capsys.readouterr().err
+    same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"num_generations": 2}, {"rows": ROWS[:39]}, {"r": 8}])
+def test_resuming_another_run_is_refused_with_the_setting_named(straight, change):
+    model = with_adapters(tiny_model(), lora_dropout=0.1, random=False, r=change.pop("r", 4))
+    name = {"rows": "train data", "r": "lora.r"}.get(*[k for k in change] or ["r"], next(iter(change), "lora.r"))
+    t = trainer(model, output_dir=str(straight), resume=True, **{"max_steps": 6, "save_steps": 2} | change)
+    with pytest.raises(ValueError, match=name):
+        t.train()
+
+
+def test_old_checkpoints_go_and_a_full_disk_leaves_them(tmp_path, monkeypatch):
+    run(tmp_path, save_total_limit=2)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(grpo_lora.torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-8 could not be written.*No space left"):
+        run(tmp_path, max_steps=8, resume=True)
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_snapshot_reference_survives_resuming(tmp_path):
+    start = tmp_path / "start"
+    save_lora(with_adapters(tiny_model()), start)
+    args = {"output_dir": str(tmp_path / "run"), "save_steps": 1, "beta": 0.1}
+    first = trainer(load_lora(tiny_model(), start), max_steps=2, **args)
+    first.train()
+    again = trainer(load_lora(tiny_model(), start), max_steps=3, resume=True, **args)
+    again.train()
+    for name, tensor in first.reference.tensors.items():
+        assert torch.equal(tensor, again.reference.tensors[name])
+        assert not torch.equal(tensor, again.params[name])
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+SMALL = ["--prompts_per_step", "2", "--num_generations", "2", "--max_completion_length", "6", "--max_steps", "2"]
+
+
+def test_the_command_line_trains_resumes_and_writes_what_it_says(model_dir, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        "--eval_size",
+        "5",
+        "--rewards",
+        "accuracy,format",
+        *SMALL,
+    ]
+    command += ["--output_dir", "out", "--variant", "gspo", "--epsilon", "0.1", "--save_steps", "1", "--r", "2"]
+    assert main(command) == 0
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"accuracy_before", "accuracy_after", "think_rate_before", "think_rate_after", "seconds", "seed"} <= set(
+        summary
+    )
+    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [0, 1, 2] and lines(out / "completions.jsonl")
+    state = json.loads((out / "checkpoint-2/state.json").read_text())["run"]
+    assert (
+        state["epsilon"] == 0.1 and state["epsilon_high"] == 4e-4 and state["importance_sampling_level"] == "sequence"
+    )
+    assert state["lora.r"] == 2 and "before" in capsys.readouterr().out
+    load_lora(AutoModelForCausalLM.from_pretrained(model_dir), out / "adapter")
+    assert main(command) == 2 and "holds another run" in capsys.readouterr().err
+    assert main([*command, "--resume", "--max_steps", "3"]) == 0
+    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [0, 1, 2, 3]
+    goes_on = [*command[: command.index("--output_dir")], "--adapter", "out/adapter"]
+    assert main(goes_on) == 0  # in a new folder under runs/
+    assert len(list((tmp_path / "runs").glob("*/adapter"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--num_generations", "1"], "num_generations = 1"), (["--temperature", "0"], "temperature"),
+        (["--epsilon", "-0.1"], "epsilon = -0.1"), (["--rewards", "acuracy"], "did you mean 'accuracy'"),
+        (["--variant", "dappo"], "did you mean 'dapo'"), (["--learning_rte", "1"], "'learning_rate'"),
+        (["--use_vllm", "true"], "vLLM"), (["--top_p=0.9"], "untruncated"), (["--data", "none.jsonl"], "none.jsonl"),
+        (["--model", "no/such/model"], "no/such/model"), (["--resume"], "output_dir"), (["--eval_size", "40"], "40 rows"),
+        (["--rewards", "none.py:f"], "none.py"), (["--reward_weights", "1", "2"], "reward_weights"), (["stray"], "stray"),
+        (["--target_modules", "nope"], "nope"), (["--device", "cuda:77"], "device"), (["--max_completion_length", "60"], "data.jsonl:1"),
+        (["--delta", "2", "--variant", "cispo"], "delta"), (["--rewards", ""], "at least one"), (["--adapter", "nowhere"], "nowhere"),
+        (["--learning_rate", "nan"], "learning_rate"), (["--num_iterations", "3"], "multiple"),
+    ],
+)  # fmt: skip
+def test_bad_settings_get_one_line_and_exit_code_2(change, words, model_dir, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", str(model_dir), "--data", str(data), *SMALL, *change]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and words in said
+    assert not (tmp_path / "runs").exists()  # and leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"prompt": "1"\n', ":1: "), (b'{"prompt": "1", "answer": "2"}\n\n[1]\n', ":3: "), (b"", "no rows"), (b"\n \n", "no rows"),
+        (b'{"prompt": "1", "answer": "2"}\n{"prompt": "1"}\n', ":2: no column 'answer'"), (b'{"prompt": ""}', ":1: 'prompt'"),
+        (b'{"answer": "2"}', ":1: 'prompt'"), (b'{"prompt": [{"role": "user"}]}', ":1: 'prompt'"), (b"\xff\xfe{}", ":1: "),
+        (b'{"prompt": 7}', ":1: 'prompt'"), (b"[" * 100_000, ":1: "), (b'{"prompt": "' + b"1+" * 99 + b'", "answer": "1"}', ":1: the prompt has"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_refused_with_file_and_line(content, words, model_dir, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    assert main(["--model", str(model_dir), "--data", str(path), "--output_dir", str(tmp_path / "out"), *SMALL]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{path}" in said and words in said and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_eos_is_refused(data, tmp_path, capsys):
+    model = tiny_model(eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = demo_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert main(["--model", str(tmp_path / "model"), "--data", str(data), *SMALL]) == 2
+    assert "EOS" in capsys.readouterr().err
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0
+    for kind in (grpo_lora.ScriptArguments, LoRAConfig, GRPOConfig):
+        for f in dataclasses.fields(kind):
+            assert f"--{f.name}" in text and " ".join(f.metadata["help"].split())[:30] in text
+
+
+def test_a_failing_reward_ends_the_run_with_one_line_and_exit_code_1(model_dir, data, tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("def bad(completions, **columns):\n    raise RuntimeError('boom')\n")
+    command = ["--model", str(model_dir), "--data", str(data), "--rewards", f"{tmp_path}/bad.py:bad", *SMALL]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: reward bad raised RuntimeError: boom"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_resumes_to_the_same_run(number, model_dir, data, tmp_path):
+    """Ctrl-C and SIGTERM finish the update in hand and save; kill -9 loses what came after the last checkpoint."""
+    base = [
+        sys.executable,
+        grpo_lora.__file__,
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        "--rewards",
+        "format,tag_count",
+    ]
+    base += ["--prompts_per_step", "2", "--num_generations", "4", "--max_completion_length", "16", "--save_steps", "3"]
+    command = lambda name, steps: [*base, "--max_steps", str(steps), "--output_dir", str(tmp_path / name)]
+    process = subprocess.Popen(command("killed", 4000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "killed/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert process.returncode == 0 and "--resume" in out
+    total = (len(metrics.read_text().splitlines()) // 3 + 2) * 3
+    subprocess.run([*command("killed", total), "--resume"], check=True, capture_output=True)
+    subprocess.run(command("straight", total), check=True, capture_output=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "killed/adapter" / name).read_bytes() == (tmp_path / "straight/adapter" / name).read_bytes()
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
+    assert drop(lines(metrics)) == drop(lines(tmp_path / "straight/metrics.jsonl"))
+
+
+def test_model_text_cannot_steer_the_terminal():
+    assert printable("a\x1b[2Jb\rc\u202ed\ne") == "a\\x1b[2Jb\\rc\\u202ed\ne"
