@@ -481,14 +481,14 @@ class CausalLM:
             kinds = {type(layer) for layer in DynamicCache(config=self.core.config).layers}
             self.takes_cache = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
-    def blocks(self, P: int) -> list[slice]:
-        """Which prompts may go through the model together: all, or where left padding is not safe, one at a time.
+    def blocks(self, P: int, together: bool = True) -> list[slice]:
+        """Which prompts go through the model at once: all, or where left padding is not safe, one at a time.
 
         It is not for recurrent models, whose state runs through the padding, nor with eager attention in float64, where
         rows that see nothing become NaN (-1.8e308 is -inf to its float32 softmax) and spread.
         """
         eager64 = self.core.dtype == torch.float64 and self.core.config._attn_implementation == "eager"
-        together = self.takes_cache and not eager64
+        together = together and self.takes_cache and not eager64
         return [slice(0, P)] if together else [slice(p, p + 1) for p in range(P)]
 
     def new_cache(self) -> DynamicCache:
@@ -706,14 +706,10 @@ def completion_logps(
     checkpointed = any(getattr(m, "gradient_checkpointing", False) and m.training for m in lm.core.modules())
     share = share_prompt and lm.takes_cache and not (checkpointed and torch.is_grad_enabled())
     rows = []
-    for block in (
-        lm.blocks(len(rollout.prompt_ids)) if share else [slice(p, p + 1) for p in range(len(rollout.prompt_ids))]
-    ):
+    for block in lm.blocks(len(rollout.prompt_ids), together=share):
         columns = rollout.prompt_mask[block].any(dim=0)
         prompt, prompt_mask = rollout.prompt_ids[block][:, columns], rollout.prompt_mask[block][:, columns]  # (p, L)
-        inputs = rollout.completion_ids[
-            block.start * G : block.stop * G, :-1
-        ]  # (p·G, T - 1); the last predicts nothing
+        inputs = rollout.completion_ids[block.start * G : block.stop * G, :-1]  # (p·G, T - 1), what predicts a token
         seen = torch.cat([prompt_mask.repeat_interleave(G, dim=0), torch.ones_like(inputs, dtype=torch.bool)], dim=1)
         if share:
             cache = lm.new_cache()
@@ -888,9 +884,7 @@ class GRPOTrainer:
     def score(self, rows: Sequence[dict[str, Any]], rollout: Rollout) -> tuple[Tensor, list[dict[str, Any]]]:
         """Every reward function on every completion: (P, G, K) float64, NaN for None; and a record of each completion."""
         G = rollout.num_generations
-        rows = [
-            row for row in rows for _ in range(G)
-        ]  # as the completions lie: each prompt G times, not the list G times
+        rows = [row for row in rows for _ in range(G)]  # each row G times, as the completions lie; not all rows G times
         ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         columns: dict[str, Any] = {key: [row.get(key) for row in rows] for row in rows for key in row}

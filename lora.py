@@ -240,7 +240,7 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else [[t] for t in config.target_modules]
     candidates = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
     for want in wanted:
-        if (want != "all-linear" and not any(_matches(name, want) for name in targets)) or not targets:
+        if not targets or (want != "all-linear" and not any(_matches(name, want) for name in targets)):
             shown = want if isinstance(want, str) else want[0]
             raise ValueError(f"target_modules: {shown!r} matches no linear layer of the model; it has {candidates}")
     for want_saved in config.modules_to_save or []:
