@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaCon
 import grpo_lora
 import rewards
 from grpo_lora import (
-    DEMO_SETTINGS,
     GAP,
     CausalLM,
     GRPOConfig,
@@ -889,12 +888,21 @@ def test_resuming_without_a_checkpoint_starts_over_and_says_so(straight, tmp_pat
     same_run(straight, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"num_generations": 2}, {"rows": ROWS[:39]}, {"r": 8}])
-def test_resuming_another_run_is_refused_with_the_setting_named(straight, change):
-    model = with_adapters(tiny_model(), lora_dropout=0.1, random=False, r=change.pop("r", 4))
-    name = {"rows": "train data", "r": "lora.r"}.get(*[k for k in change] or ["r"], next(iter(change), "lora.r"))
+@pytest.mark.parametrize(
+    ("name", "change", "lora"),
+    [
+        ("learning_rate", {"learning_rate": 0.5}, {}),
+        ("num_generations", {"num_generations": 2}, {}),
+        ("train data", {"rows": ROWS[:39]}, {}),
+        ("rewards", {"reward": "format"}, {}),
+        ("lora.r ", {}, {"r": 8}),
+        ("lora.lora_alpha", {}, {"lora_alpha": 9}),
+    ],
+)
+def test_resuming_another_run_is_refused_with_the_setting_named(straight, name, change, lora):
+    model = with_adapters(tiny_model(), **{"lora_dropout": 0.1, "random": False} | lora)
     t = trainer(model, output_dir=str(straight), resume=True, **{"max_steps": 6, "save_steps": 2} | change)
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"resume: {name}.* was "):
         t.train()
 
 
