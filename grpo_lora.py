@@ -1,8 +1,8 @@
 """GRPO with LoRA, whole: the objective, the rollout, the trainer and a demo, on plain transformers models.
 
-    python grpo_lora.py                                            the demo: two CPU cores, no network, some two minutes
-    python grpo_lora.py --model M --data FILE.jsonl --rewards accuracy,format     your own model and data
-    torch functions to copy: group_advantages, completion_mask, kl_penalty, grpo_loss, generate, completion_logps
+    python grpo_lora.py                                         the demo: two CPU cores, no network, about a minute
+    python grpo_lora.py --model M --data FILE.jsonl --rewards accuracy,format        your own model and data
+    from grpo_lora import group_advantages, grpo_loss, generate, completion_logps     or copy them out
 
 GRPO (Shao et al. 2024, DeepSeekMath) samples G completions of each prompt, scores them, and pushes each one up or down by
 how it compares with its own group: no value network. GRPOTrainer.update is the algorithm, in full; the rest serves it.
@@ -211,7 +211,7 @@ def known(value: Any, allowed: Iterable[str], what: str) -> None:
     """ValueError, naming the nearest allowed value, for one that is not allowed."""
     if value not in (allowed := list(allowed)):
         near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{what}: {value!r} is not known, did you mean {near!r}? (all: {', '.join(allowed)})")
+        raise ValueError(f"{what}: {value!r} is not known, did you mean {near!r}? (all: {', '.join(allowed):.200})")
 
 
 # ----------------------------------------------------------------------------------------------------- the objective
@@ -453,27 +453,21 @@ class CausalLM:
     """
 
     def __init__(self, model: Any) -> None:
-        self.core: Any = (
-            model.get_base_model() if hasattr(model, "get_base_model") else model
-        )  # a peft.PeftModel has one
+        wrapped = hasattr(model, "get_base_model")  # a peft.PeftModel
+        self.core: Any = model.get_base_model() if wrapped else model
+        kind = type(self.core).__name__
         for name, config in getattr(model, "peft_config", {}).items():
             if config.is_prompt_learning:
-                kind = f"{type(config).__name__} (adapter {name!r})"
                 raise ValueError(
-                    f"{kind} adds virtual tokens outside the inner model; use LoRA or another weight-based method"
+                    f"peft adapter {name!r} adds virtual tokens outside the inner model; use LoRA or the like"
                 )
         if getattr(self.core.config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(self.core).__name__} is an encoder-decoder; a causal (decoder-only) model is needed"
-            )
+            raise ValueError(f"{kind} is an encoder-decoder; a causal (decoder-only) model is needed")
         self.decoder = self.core.get_decoder()
-        self.places = [
-            m._modules for m in self.core.modules() for child in m._modules.values() if child is self.decoder
-        ]
+        modules = list(self.core.modules())
+        self.places = [m._modules for m in modules for child in m._modules.values() if child is self.decoder]
         if not self.places:
-            raise ValueError(
-                f"{type(self.core).__name__}: its decoder cannot be told from its head; is it a causal LM?"
-            )
+            raise ValueError(f"{kind}: its decoder cannot be told from its head; is it a causal LM?")
         accepted = inspect.signature(self.decoder.forward).parameters
         self.takes_positions = "position_ids" in accepted  # models with ALiBi read positions off the mask instead
         self.takes_cache = "past_key_values" in accepted and not getattr(self.core, "_is_stateful", False)
@@ -799,9 +793,7 @@ class GRPOTrainer:
             raise ValueError("the model has no trainable parameter: call apply_lora (or peft's get_peft_model) first")
         dropout = [m for name, m in model.named_modules() if "lora_dropout" in name and getattr(m, "p", 0) > 0]
         if dropout and args.num_iterations > 1:
-            raise ValueError(
-                "lora_dropout with num_iterations > 1: old and new log-probs would differ by the dropout; use 0"
-            )
+            raise ValueError("lora_dropout with num_iterations > 1: old and new log-probs would differ by it; use 0")
         self.reference = reference or default_reference(model)
         if args.gradient_checkpointing:
             lm.core.activation_checkpointing_enable({"use_reentrant": False})
@@ -1550,7 +1542,17 @@ LEFT_OUT = {  # settings of TRL's that we lack, and what to do
 def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]:
     """Command line -> settings. A flag beats the variant, which beats the demo's and the default values."""
     kinds: Any = [ScriptArguments, LoRAConfig, GRPOConfig]
-    parser = HfArgumentParser(kinds, allow_abbrev=False, description=str(__doc__).partition("\n")[0])
+    parser = HfArgumentParser(
+        kinds,
+        allow_abbrev=False,
+        usage="grpo_lora.py [--model MODEL --data FILE] [--SETTING VALUE ...]",
+        description=str(__doc__).partition("\n")[0],
+    )
+
+    def refuse(message: str) -> Any:  # argparse would print pages of usage
+        raise ValueError(message)
+
+    parser.error = refuse  # type: ignore[method-assign]
     for action in parser._actions:
         if action.dest in ("rank_pattern", "alpha_pattern"):
             action.type = json.loads
@@ -1563,10 +1565,10 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
             )
     parser.set_defaults(target_modules="all-linear", r=16, lora_alpha=32)
     first, unknown = parser.parse_known_args(argv)
-    for flag in (text.lstrip("-").partition("=")[0] for text in unknown if text.startswith("--")):
+    for flag in (text[2:].partition("=")[0].replace("-", "_") for text in unknown if text.startswith("--")):
         if flag in LEFT_OUT:
             raise ValueError(f"--{flag} is left out here: {LEFT_OUT[flag]}")
-        known(flag, [action.dest for action in parser._actions], "command line")
+        known(flag, sorted({action.dest for action in parser._actions}), "command line")
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not expected here (--help shows all settings)")
     if first.model is None:
@@ -1709,6 +1711,7 @@ def draw_curve(folder: Path, rows: list[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done or stopped on request, 1 the run failed, 2 bad input."""
     started = time.perf_counter()
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     try:
         trainer = prepare(sys.argv[1:] if argv is None else argv)
     except ValueError as error:

@@ -895,7 +895,7 @@ def test_resuming_without_a_checkpoint_starts_over_and_says_so(straight, tmp_pat
         ("num_generations", {"num_generations": 2}, {}),
         ("train data", {"rows": ROWS[:39]}, {}),
         ("rewards", {"reward": "format"}, {}),
-        ("lora.r ", {}, {"r": 8}),
+        ("lora.r", {}, {"r": 8}),
         ("lora.lora_alpha", {}, {"lora_alpha": 9}),
     ],
 )
@@ -999,7 +999,8 @@ def test_the_command_line_trains_resumes_and_writes_what_it_says(model_dir, data
         (["--rewards", "none.py:f"], "none.py"), (["--reward_weights", "1", "2"], "reward_weights"), (["stray"], "stray"),
         (["--target_modules", "nope"], "nope"), (["--device", "cuda:77"], "device"), (["--max_completion_length", "60"], "data.jsonl:1"),
         (["--delta", "2", "--variant", "cispo"], "delta"), (["--rewards", ""], "at least one"), (["--adapter", "nowhere"], "nowhere"),
-        (["--learning_rate", "nan"], "learning_rate"), (["--num_iterations", "3"], "multiple"),
+        (["--learning_rate", "nan"], "learning_rate"), (["--beta", "x"], "--beta: invalid float"), (["--use-vllm"], "vLLM"),
+        (["--loss_type", "gpro"], "grpo"), (["--r", "0"], "r = 0"), (["--num_iterations", "3"], "multiple"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_line_and_exit_code_2(change, words, model_dir, data, tmp_path, monkeypatch, capsys):
