@@ -379,7 +379,7 @@ def grpo_loss(
     if loss_type == "cispo":
         loss = -ratio.clamp(max=high).detach() * A * logps
     elif loss_type == "sapo":
-        tau = torch.where(A > 0, sapo_temperature_pos, sapo_temperature_neg)
+        tau = torch.where(A > 0, A.new_tensor(sapo_temperature_pos), A.new_tensor(sapo_temperature_neg))
         loss = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * A
     elif loss_type == "vespo":
         log_w = log_ratio.clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)
@@ -828,6 +828,8 @@ class GRPOTrainer:
         for _ in range(args.num_iterations):
             for parameter in self.params.values():
                 parameter.grad = torch.zeros_like(parameter)  # zero and not None, also if no group has an advantage
+            if args.top_entropy_quantile < 1:
+                self.mark_uncertain(micro_batches)
             total = 0.0
             for batch in micro_batches:
                 mask = batch.rollout.completion_mask
@@ -917,29 +919,32 @@ class GRPOTrainer:
         A group without advantage has no gradient, and needs no forward, unless something else looks at it.
         """
         args, G = self.args, rollout.num_generations
-        sparse = args.top_entropy_quantile < 1
-        groups = [p for p in range(len(advantages)) if args.beta or sparse or advantages[p].any()]
+        everything = args.beta or args.top_entropy_quantile < 1
+        groups = [p for p in range(len(advantages)) if everything or advantages[p].any()]
         lengths = rollout.completion_mask.sum(dim=1).view(-1, G).amax(dim=1).tolist()
         groups.sort(key=lambda p: lengths[p])
         size = max(1, args.per_device_train_batch_size // G)
         chosen = [groups[i : i + size] for i in range(0, len(groups), size)]
         batches = [MicroBatch(rollout.select(some), advantages[some].flatten()) for some in chosen]
-        entropies = []
         with evaluating(self.model):
             for batch in batches:
-                if args.num_iterations > 1 or sparse:
-                    old_logps, entropy = completion_logps(self.model, batch.rollout, temperature=args.temperature)
-                    entropies.append(entropy)
-                    batch.old_logps = old_logps if args.num_iterations > 1 else None
+                if args.num_iterations > 1:
+                    batch.old_logps, _ = completion_logps(self.model, batch.rollout, temperature=args.temperature)
                 if args.beta:
                     with self.reference():
                         batch.ref_logps, _ = completion_logps(self.model, batch.rollout, temperature=args.temperature)
-        if sparse:
-            seen = torch.cat([e[b.rollout.completion_mask] for e, b in zip(entropies, batches, strict=True)])
-            threshold = seen.quantile(1 - args.top_entropy_quantile) if len(seen) else math.inf
-            for batch, entropy in zip(batches, entropies, strict=True):
-                batch.policy_mask = entropy >= threshold
         return batches
+
+    @torch.no_grad()
+    def mark_uncertain(self, batches: list[MicroBatch]) -> None:
+        """policy_mask: the tokens in the top quantile of the policy's entropy, over the whole optimiser batch."""
+        with evaluating(self.model):
+            temperature = self.args.temperature
+            entropies = [completion_logps(self.model, b.rollout, temperature=temperature)[1] for b in batches]
+        seen = torch.cat([e[b.rollout.completion_mask] for e, b in zip(entropies, batches, strict=True)])
+        threshold = seen.quantile(1 - self.args.top_entropy_quantile) if len(seen) else math.inf
+        for batch, entropy in zip(batches, entropies, strict=True):
+            batch.policy_mask = entropy >= threshold
 
     # ---- running
 
@@ -1032,7 +1037,7 @@ class GRPOTrainer:
             metrics[f"rewards/{name}/std"] = _nanstd(values.flatten(), dim=0).item()
         metrics |= {"reward": total.nanmean().item(), **self.reward_metrics}
         if advantages is not None:
-            metrics["reward_std"] = _nanstd(total, dim=1).nanmean().item()
+            metrics["reward_std"] = _nanstd(total.flatten(), dim=0).item()
             metrics["frac_reward_zero_std"] = (~advantages.any(dim=1)).double().mean().item()
             samples = [s | {"advantage": a} for s, a in zip(samples, advantages.flatten().tolist(), strict=True)]
         self.samples = samples

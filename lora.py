@@ -198,7 +198,8 @@ class LoRALinear(_Switchable):
         ):  # then all of DoRA's part sees dropped inputs
             x = self.lora_dropout(x)
             plain = F.linear(x, self._oriented(self._frozen()).to(x.dtype))
-        return (result + (ratio - 1) * plain + ratio * self.lora_B(self.lora_A(x)) * self.scaling).to(dtype)
+        change = (ratio - 1) * plain + ratio * self.lora_B(self.lora_A(x)) * self.scaling
+        return (result + change).to(dtype)
 
 
 class TrainedCopy(_Switchable):
@@ -227,7 +228,8 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
         raise ValueError("the model already carries a LoRA adapter: merge_and_unload it, or start from the base model")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     modules = dict(model.named_modules())
-    saved = [name for name in modules if name and _matches(name, config.modules_to_save or [])]
+    saved = [name for name in modules if any(name.endswith(key) for key in config.modules_to_save or [])]  # PEFT's rule
+    saved = [name for name in saved if not any(name.startswith(f"{outer}.") for outer in saved)]  # its copy has it
     linear = {
         name: module
         for name, module in modules.items()
@@ -244,14 +246,13 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
             shown = want if isinstance(want, str) else want[0]
             raise ValueError(f"target_modules: {shown!r} matches no linear layer of the model; it has {candidates}")
     for want_saved in config.modules_to_save or []:
-        if not any(_matches(name, [want_saved]) for name in saved):
+        if not any(name.endswith(want_saved) for name in modules):
             names = ", ".join(sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()}))
             raise ValueError(f"modules_to_save: {want_saved!r} matches no module of the model; it has {names}")
     for key in [*config.rank_pattern, *config.alpha_pattern]:
         if not any(_pattern_value({key: True}, name, False) for name in targets):
-            raise ValueError(
-                f"rank_pattern or alpha_pattern: {key!r} matches no adapted module; there are {candidates}"
-            )
+            adapted = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+            raise ValueError(f"rank_pattern or alpha_pattern: {key!r} matches no adapted module; there are {adapted}")
 
     model.requires_grad_(False)
     for name in targets:
@@ -264,7 +265,7 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
         _replace(model, name, layer.train(linear[name].training))
     for name in saved:
         _replace(model, name, TrainedCopy(modules[name]).train(modules[name].training))
-    model.lora_config = dataclasses.replace(config, target_modules=targets)
+    model.lora_config = dataclasses.replace(config, target_modules=targets, modules_to_save=saved or None)
     return model
 
 
@@ -438,7 +439,10 @@ def load_lora(model: Any, directory: str | Path) -> Any:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: cannot be read as a safetensors file: {error}") from None
-    model = apply_lora(model, config)
+    try:
+        model = apply_lora(model, config)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
     wanted = _file_tensors(model)
     base = dict(model.named_parameters(remove_duplicate=False))
     for key in [key for key in tensors if key not in wanted]:  # PEFT adds the weights of a head that it adapts
@@ -471,7 +475,7 @@ def read_lora_config(directory: str | Path) -> LoRAConfig:
     for key, value in raw.items():
         if key not in ours and key not in IGNORED and value and value != INACTIVE.get(key):
             raise ValueError(f"{file}: {key} = {value!r} is not supported here; load this adapter with peft")
-    if raw.get("init_lora_weights") is False:  # PEFT's "leave as allocated"; the file brings the weights
+    if raw.get("init_lora_weights") in (False, "orthogonal"):  # these leave W alone, and the file brings A and B
         raw["init_lora_weights"] = True
     try:
         return LoRAConfig(**{key: value for key, value in raw.items() if key in ours and value is not None})

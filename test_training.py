@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import types
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig
+from transformers.pytorch_utils import Conv1D
 
 import grpo_lora
 import rewards
@@ -49,6 +52,7 @@ from grpo_lora import (
     group_advantages,
     grpo_loss,
     main,
+    multi_objective_advantages,
     printable,
 )
 from lora import (
@@ -60,6 +64,7 @@ from lora import (
     lora_merged,
     lora_snapshot,
     merge_and_unload,
+    param_groups,
     save_lora,
 )
 
@@ -90,7 +95,7 @@ def with_adapters(model, seed: int = 1, random: bool = True, **config):
     torch.manual_seed(seed)
     model = apply_lora(model, LoRAConfig(**{"r": 4, "lora_alpha": 8} | config))
     for name, p in model.named_parameters():
-        if random and p.requires_grad and "lora_" in name and "magnitude" not in name:
+        if random and p.requires_grad and "magnitude" not in name:
             nn.init.normal_(p, std=0.2)
     return model
 
@@ -433,6 +438,8 @@ ADAPTERS = {
     "pissa": {"init_lora_weights": "pissa"},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*.up_proj": 3}},
     "saved": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]},
+    "nested": {"modules_to_save": ["mlp", "down_proj"], "target_modules": ["q_proj"]},
+    "norms": {"modules_to_save": ["norm"], "target_modules": ["q_proj"]},  # PEFT's rule: every name that ends so
     "regex": {"target_modules": r".*\.1\..*_proj"},
 }
 
@@ -1092,6 +1099,544 @@ def test_a_killed_process_resumes_to_the_same_run(number, model_dir, data, tmp_p
 
 def test_model_text_cannot_steer_the_terminal():
     assert printable("a\x1b[2Jb\rc\u202ed\ne") == "a\\x1b[2Jb\\rc\\u202ed\ne"
+
+
+# ---------------------------------------------------------------------------------- parity with the field's libraries
+#
+# The same numbers as TRL 1.16 (objective, advantages, training) and PEFT 0.21 (layers, files). Every reference value comes
+# from the library's own code. Skipped where they are not installed: pip install -r benchmarks/requirements.txt
+
+PARITY = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": False, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def parity_model(family="llama", seed=0, **settings):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **PARITY | settings))
+    for p in model.parameters():  # the default initialisation is so small that every model says the same
+        p.data += 0.3 * torch.randn_like(p)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ TRL: the objective
+
+
+@pytest.fixture(scope="module")
+def words():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, 32))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def trl_trainer(words, tmp_path_factory):
+    """A factory of real trl.GRPOTrainers: settings -> trainer, built from TRL's own GRPOConfig, defaults and all."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+
+    def make(model=None, reward_funcs=None, dataset=None, **settings):
+        settings = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6} | settings
+        folder = str(tmp_path_factory.getbasetemp())
+        args = trl.GRPOConfig(folder, report_to="none", use_cpu=True, bf16=False, save_strategy="no", **settings)
+        data = datasets.Dataset.from_list(dataset or [{"prompt": "w2"}, {"prompt": "w3"}])
+        funcs = reward_funcs or [lambda completions, **_: [0.0] * len(completions)]
+        return trl.GRPOTrainer(model or parity_model(), funcs, args, data, processing_class=words)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def objective_trainer(trl_trainer):
+    """The same, kept between tests: for tests that only call its _compute_loss."""
+    return functools.cache(trl_trainer)
+
+
+def random_batch(seed, spread=0.3, B=8, T=6):
+    """Positional arguments of grpo_loss, ref_logps and entropies; the last row has an empty mask, the first is full."""
+    g = torch.Generator().manual_seed(seed)
+    noise = lambda scale: scale * torch.randn(B, T, generator=g, dtype=torch.float64)
+    old = -noise(1.5).abs()
+    logps, ref = old + noise(spread), old + noise(spread)
+    advantages = torch.randn(B, generator=g, dtype=torch.float64)
+    advantages[1] = 0.0
+    lengths = torch.randint(1, T + 1, (B,), generator=g)
+    lengths[0], lengths[-1] = T, 0
+    return (logps, old, advantages, torch.arange(T) < lengths[:, None]), ref, noise(1.0).abs().float()
+
+
+@contextlib.contextmanager
+def double_precision():
+    """TRL's torch.where(A > 0, 1.0, 1.05) and count / (count - 1) have the default dtype: float32 would cost 5e-8."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def value_and_gradient(loss_of, logps):
+    logps = logps.clone().requires_grad_()
+    loss = loss_of(logps)
+    return loss.detach(), torch.autograd.grad(loss, logps)[0]
+
+
+def trl_loss(trainer, batch, ref_logps, entropies, beta=0.0, correction=True, rows=slice(None)):
+    """Value and gradient in logps of TRL's GRPOTrainer._compute_loss, for the micro-batch `rows` of a batch."""
+    logps, old_logps, advantages, mask = (x[rows] for x in batch)
+    ids = torch.ones(mask.shape, dtype=torch.long)
+    inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids, "advantages": advantages}
+    inputs |= {"completion_mask": mask.long(), "old_per_token_logps": old_logps, "ref_per_token_logps": ref_logps[rows]}
+    inputs["num_items_in_batch"] = batch[3].sum()
+    trainer.beta, trainer.args.use_bias_correction_kl = beta, correction
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    trainer.model.train()
+
+    def loss_of(logps):
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logps, entropies[rows], None)
+        with double_precision():
+            return trainer._compute_loss(trainer.model, inputs)
+
+    return value_and_gradient(loss_of, logps)
+
+
+def our_loss(batch, ref_logps, rows=slice(None), **settings):
+    logps, *rest = (x[rows] for x in batch)
+    return value_and_gradient(lambda logps: grpo_loss(logps, *rest, ref_logps=ref_logps[rows], **settings)[0], logps)
+
+
+def assert_same(ours, theirs, tolerance=1e-9):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+CLIPS = [
+    {"epsilon": 0.2, "epsilon_high": None, "delta": None},
+    {"epsilon": 0.2, "epsilon_high": 0.28, "delta": 1.5},
+    {"epsilon": 3e-4, "epsilon_high": 1.2, "delta": 1.1},
+]
+
+
+@pytest.mark.parametrize("beta, correction", [(0.0, True), (0.3, True), (0.3, False)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_and_gradient_are_trls(objective_trainer, loss_type, level, beta, correction):
+    settings = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 6}
+    for clip in CLIPS:
+        if loss_type == "cispo" and clip["epsilon_high"] is None:
+            clip = clip | {"epsilon_high": clip["epsilon"]}  # what TRL does silently; here it is an error
+        trainer = objective_trainer(**settings, **clip)
+        for seed, spread in itertools.product(range(3), (0.3, 3.0)):
+            batch, ref, entropies = random_batch(seed, spread)
+            ours = our_loss(batch, ref, beta=beta, use_bias_correction_kl=correction, **settings, **clip)
+            assert_same(ours, trl_loss(trainer, batch, ref, entropies, beta, correction))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_diagnostics_are_trls(objective_trainer, loss_type):
+    """At token level. With one ratio a row TRL counts rows and not tokens."""
+    settings = {"loss_type": loss_type, "epsilon_high": 0.28, "max_completion_length": 6}
+    trainer = objective_trainer(**settings)
+    for seed in range(3):
+        (logps, *rest), ref, entropies = random_batch(seed)
+        _, ours = grpo_loss(logps, *rest, ref_logps=ref, beta=0.3, **settings)
+        trl_loss(trainer, (logps, *rest), ref, entropies, 0.3)
+        theirs = {name: trainer._metrics["train"][name][-1] for name in ours if not name.startswith("vespo")}
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_top_entropy_mask_is_trls(objective_trainer, loss_type):
+    settings = {"loss_type": loss_type, "epsilon_high": 0.28, "max_completion_length": 6}
+    for seed, q in itertools.product(range(3), (0.2, 0.5)):
+        batch, ref, entropies = random_batch(seed)
+        keep = entropies >= torch.quantile(entropies[batch[3]], 1 - q)
+        ours = our_loss(batch, ref, beta=0.3, policy_mask=keep, **settings)
+        assert_same(ours, trl_loss(objective_trainer(top_entropy_quantile=q, **settings), batch, ref, entropies, 0.3))
+
+
+@pytest.mark.parametrize("loss_type", [t for t in LOSS_TYPES if t != "bnpo"])
+def test_micro_batches_add_up_to_trls_accumulated_loss(objective_trainer, loss_type):
+    """All but bnpo, whose token count is the micro-batch's own in TRL: there ours is the same for every split."""
+    batch, ref, entropies = random_batch(0)
+    settings = {"loss_type": loss_type, "epsilon_high": 0.28, "max_completion_length": 6}
+    normalizer = int(batch[3].sum()) if loss_type in ("dapo", "cispo", "vespo") else len(batch[3])
+    trainer = objective_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
+    for rows in (slice(0, 4), slice(4, 8)):
+        ours = our_loss(batch, ref, rows, beta=0.3, normalizer=normalizer, **settings)
+        assert_same(ours, trl_loss(trainer, batch, ref, entropies, 0.3, rows=rows))
+
+
+# ----------------------------------------------------------------------------------------------- TRL: the advantages
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_trls_whatever_is_missing(trl_trainer, scale, aggregation):
+    """P = 4 groups of G = 4, K = 2 functions; functions, rows, groups and all but one of a group without reward."""
+    weights = [0.5, 2.0]
+    trainer = trl_trainer(
+        reward_funcs=[lambda completions, **_: [0.0] * len(completions)] * 2, reward_weights=weights,
+        scale_rewards=scale, multi_objective_aggregation=aggregation, per_device_train_batch_size=16,
+    )  # fmt: skip
+    trainer._generate_single_turn = lambda prompt_ids, *_: ([[2, 1]] * len(prompt_ids), None)
+    g = torch.Generator().manual_seed(0)
+    for holes in (0.0, 0.2, 0.6):
+        rewards = torch.randn(4, 4, 2, generator=g, dtype=torch.float64)
+        rewards[0] = 0.1  # all equal
+        rewards[torch.rand(rewards.shape, generator=g) < holes] = math.nan
+        if holes:
+            rewards[1, :, 0], rewards[2, 0], rewards[3, 1:] = math.nan, math.nan, math.nan
+        trainer._calculate_rewards = lambda *_: rewards.view(16, 2)  # noqa: B023  float64, where TRL's own is float32
+        with double_precision():
+            theirs = trainer._generate_and_score_completions([{"prompt": "w2"}] * 16)["advantages"]
+        ours = multi_objective_advantages(rewards, torch.tensor(weights), aggregation=aggregation, scale=scale)
+        assert_same([ours.flatten()], [theirs])
+
+
+# ------------------------------------------------------------------------------------------------- TRL: the training
+
+TABLE = {  # prompt -> its completions, as token ids; 1 is the EOS
+    "w2": [[5, 6, 1], [7, 5, 5, 8, 9, 1], [10, 1], [5, 11, 12, 5, 13, 14]],
+    "w3 w4 w2": [[1], [15, 5, 1], [16, 17, 18, 19, 20, 21], [5, 22, 5, 23, 1]],
+}
+LOGGED = ["loss", "grad_norm", "learning_rate", "reward", "frac_reward_zero_std", "num_tokens"]
+LOGGED += [f"completions/{f}_{kind}length" for f in ("mean", "min", "max") for kind in ("", "terminated_")]
+LOGGED += [f"rewards/{name}_reward/{f}" for name in ("count", "brevity") for f in ("mean", "std")]
+
+
+def count_reward(completions, **_):
+    return [float(text.split().count("w5")) for text in completions]
+
+
+def brevity_reward(completions, **_):
+    return [None if "w15" in text else 2.0 ** -len(text) for text in completions]
+
+
+TABLE_REWARDS = [count_reward, brevity_reward]
+TRAINING = {
+    "num_iterations": 2, "max_steps": 2, "num_generations": 4, "per_device_train_batch_size": 4,
+    "learning_rate": 0.02, "reward_weights": [1.0, 2.0], "max_completion_length": 6,
+}  # fmt: skip
+
+
+def our_training(model, words, monkeypatch, settings, reference=None):
+    """Train on batches of the two prompts, with the completions of TABLE. Returns the last metrics."""
+
+    def table_rollout(model, prompt_ids, prompt_mask, **_):
+        prompts = [words.decode(ids[mask]) for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
+        ids = torch.tensor([row + [0] * (6 - len(row)) for prompt in prompts for row in TABLE[prompt]])
+        return Rollout(prompt_ids, prompt_mask, ids, completion_mask(ids, [1]), torch.zeros(ids.shape))
+
+    monkeypatch.setattr("grpo_lora.generate", table_rollout)
+    args, rows = GRPOConfig(prompts_per_step=2, save_steps=0, **settings), [{"prompt": prompt} for prompt in TABLE]
+    return GRPOTrainer(model, TABLE_REWARDS, args, rows, None, words, reference).train()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "dapo", "epsilon_high": 0.28, "mask_truncated_completions": True},
+        {"loss_type": "grpo", "beta": 0.3, "temperature": 0.7, "delta": 1.5},
+        {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.3, "use_bias_correction_kl": False},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+        {"loss_type": "cispo", "epsilon_high": 1.01, "multi_objective_aggregation": "normalize_then_sum"},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "scale_rewards": "batch"},
+        {"loss_type": "sapo"},
+        {"loss_type": "vespo", "beta": 0.3},
+        {"loss_type": "dapo", "top_entropy_quantile": 0.5, "per_device_train_batch_size": 8, "num_iterations": 1},
+    ],
+    ids=lambda s: "-".join(map(str, s.values())),
+)
+def test_training_moves_the_weights_as_trl_with_peft_does(trl_trainer, words, monkeypatch, settings):
+    """A batch of 2 prompts, 4 completions each; 2 updates with it, in micro-batches of 4 rows: the same adapter then.
+
+    The adapter is not new (no B is zero), so the reference is the policy at the start, which both have to find out.
+    """
+    ours, theirs = both(parity_model().double(), r=4, lora_alpha=8, target_modules="all-linear")
+    randomise(ours, theirs)
+    settings = TRAINING | settings
+    trl_settings = {"gradient_accumulation_steps": 8 // settings["per_device_train_batch_size"], "logging_steps": 1}
+    trl_settings |= {"shuffle_dataset": False, "lr_scheduler_type": "constant", "disable_tqdm": True}
+    their_trainer = trl_trainer(theirs, TABLE_REWARDS, [{"prompt": p} for p in TABLE], **settings, **trl_settings)
+    seen = defaultdict(itertools.count)
+
+    def table_samples(prompt_ids, *_):
+        prompts = words.batch_decode(prompt_ids)
+        return [TABLE[prompt][next(seen[prompt]) % 4] for prompt in prompts], None
+
+    monkeypatch.setattr(their_trainer, "_generate_single_turn", table_samples)
+    with double_precision():
+        their_trainer.train()
+    logs = their_trainer.state.log_history[-1 - settings["num_iterations"] : -1]
+    said = our_training(ours, words, monkeypatch, settings)  # of the last batch: means over its updates
+    for key in LOGGED:
+        values = [log[key] for log in logs if key in log]
+        assert said[key] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-4), key
+    theirs = adapter_of(theirs)
+    for name, p in ours.named_parameters():  # 2e-5 is float32 inside RMSNorm and TRL's head; the weights move by 0.04
+        torch.testing.assert_close(p, theirs[name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_trainer_treats_a_peft_model_as_our_own(words, monkeypatch):
+    ours, theirs = both(parity_model().double(), r=4, lora_alpha=8, target_modules="all-linear")
+    randomise(ours, theirs)
+    settings = TRAINING | {"beta": 0.3, "num_iterations": 2}
+    said = our_training(ours, words, monkeypatch, settings, reference=lambda: lora_disabled(ours))
+    assert said["kl"] > 0
+    expected = our_training(theirs, words, monkeypatch, settings, reference=theirs.disable_adapter)
+    assert {key: expected[key] for key in LOGGED} == {key: said[key] for key in LOGGED}
+    named = adapter_of(theirs)
+    for name, p in ours.named_parameters():
+        assert torch.equal(p, named[name]), name
+
+
+# -------------------------------------------------------------------------------------------------- PEFT: the layers
+
+
+def adapter_of(peft_model):
+    """PEFT's parameters under our names (and ours as they are)."""
+    rename = {".default": "", "magnitude_vector.weight": "magnitude_vector", "modules_to_save": "trained"}
+    named = {}
+    for name, p in peft_model.named_parameters():
+        name = name.removeprefix("base_model.model.")
+        named[functools.reduce(lambda name, old: name.replace(old, rename[old]), rename, name)] = p
+    return named
+
+
+@torch.no_grad()
+def randomise(ours, theirs=None):
+    """Move everything that is trained away from its initial value, in ours and in PEFT's model alike."""
+    torch.manual_seed(1)
+    other = adapter_of(theirs) if theirs else {}
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            p.mul_(1 + 0.1 * torch.randn_like(p)).add_(0.1 * torch.randn_like(p))
+            if theirs:
+                other[name].copy_(p)
+
+
+def both(base, **settings):
+    """The same model and adapter twice: (ours, PEFT's)."""
+    peft = pytest.importorskip("peft")
+    ours = apply_lora(copy.deepcopy(base), LoRAConfig(**settings))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    return ours, theirs
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(48, 40, bias=False),
+    "linear-bias": lambda: nn.Linear(48, 40),
+    "conv1d": lambda: Conv1D(40, 48),
+}
+LAYER_VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.3},
+    "dora-dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "dora-rslora": {"use_dora": True, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("variant", LAYER_VARIANTS)
+def test_layer_output_and_gradients_are_pefts_to_the_bit(variant, layer, dtype, train):
+    torch.manual_seed(0)
+    base, results = nn.Sequential(LAYERS[layer]()).to(dtype), []
+    ours, theirs = both(base, r=4, lora_alpha=6, target_modules=["0"], **LAYER_VARIANTS[variant])
+    randomise(ours, theirs)
+    x, seed = torch.randn(3, 5, 48).to(dtype), torch.randn(3, 5, 40).to(dtype)
+    for model in (ours, theirs):
+        torch.manual_seed(2)
+        trained = {name: p for name, p in adapter_of(model).items() if p.requires_grad}
+        inputs = x.clone().requires_grad_()
+        y = model.train(train)(inputs)
+        results.append({"y": y, "x": torch.autograd.grad(y, inputs, seed, retain_graph=True)[0]})
+        results[-1] |= zip(trained, torch.autograd.grad(y, list(trained.values()), seed), strict=True)
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        torch.testing.assert_close(
+            value, results[1][name], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_pissa_starts_as_pefts(layer, variant):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(LAYERS[layer]()), torch.randn(5, 48)
+    ours, theirs = both(base, r=4, lora_alpha=6, target_modules=["0"], init_lora_weights="pissa", **variant)
+    a, b = dict(ours.named_parameters()), adapter_of(theirs)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    product = lambda named: named["0.lora_B.weight"] @ named["0.lora_A.weight"]
+    torch.testing.assert_close(product(a), product(b), **close)
+    torch.testing.assert_close(ours(x), theirs(x), **close)
+    torch.testing.assert_close(ours(x), base(x), **close)
+    with torch.no_grad():  # away from the start, so that the residual weight shows
+        for named in (a, b):
+            named["0.lora_B.weight"].mul_(2.0)
+    torch.testing.assert_close(ours(x), theirs(x), **close)
+    with lora_disabled(ours):
+        assert torch.equal(ours(x), base(x))
+
+
+ALL_LINEAR = {
+    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "gemma2": {"head_dim": 8}, "mistral": {}, "phi": {}, "phi3": {},
+    "gpt2": {}, "gpt_neox": {}, "opt": {"word_embed_proj_dim": 16, "ffn_dim": 24}, "bloom": {}, "falcon": {},
+    "cohere": {}, "stablelm": {}, "starcoder2": {}, "gptj": {"rotary_dim": 4},
+}  # fmt: skip
+
+
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=name)
+
+
+@pytest.mark.parametrize("family", ALL_LINEAR)
+def test_all_linear_adapts_pefts_modules_and_merges_to_pefts_weights(family):
+    base = parity_model(family, **ALL_LINEAR[family])
+    ours, theirs = both(base, target_modules="all-linear")
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == {
+        n for n, p in adapter_of(theirs).items() if p.requires_grad
+    }
+    randomise(ours, theirs)
+    ids = torch.arange(2, 14).view(2, 6)
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert_same_weights(merge_and_unload(ours), theirs.merge_and_unload())
+
+
+def test_all_linear_leaves_out_fused_experts_and_refuses_pefts_files_with_them(tmp_path):
+    base = parity_model("mixtral", num_local_experts=2)
+    ours, theirs = both(base, target_modules="all-linear")
+    a, b = ({n for n in adapter_of(model) if "lora_" in n} for model in (ours, theirs))
+    assert a < b and all(".experts." in name or ".gate." in name for name in b - a)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="target_parameters"):
+        load_lora(base, tmp_path)
+
+
+MERGES = [({"use_dora": True}, {}), ({"init_lora_weights": "pissa"}, {}), ({"modules_to_save": ["lm_head"]}, {})]
+MERGES += [({"modules_to_save": ["lm_head"]}, {"tie_word_embeddings": True})]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings, model", MERGES, ids=str)
+def test_other_variants_merge_to_pefts_weights(settings, model, dtype):
+    ours, theirs = both(parity_model(**model).to(dtype), target_modules="all-linear", **settings)
+    randomise(ours, theirs)
+    merged, expected = merge_and_unload(ours), theirs.merge_and_unload()
+    assert_same_weights(merged, expected)
+    assert merged.config.tie_word_embeddings == expected.config.tie_word_embeddings
+
+
+PATTERNS = {
+    "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 3, r"^model\.layers\.0\.self_attn\.v_proj": 5, "k.*": 6},
+    "alpha_pattern": {"layers.0.self_attn.q_proj": 3, ".*mlp.*": 5, "v_proj": 7},
+}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_patterns_give_each_module_pefts_rank_and_scale(use_rslora):
+    ours, theirs = both(parity_model(), target_modules="all-linear", use_rslora=use_rslora, **PATTERNS)
+    a, b = dict(ours.named_parameters()), adapter_of(theirs)
+    assert {n: p.shape for n, p in a.items() if "lora_" in n} == {n: p.shape for n, p in b.items() if "lora_" in n}
+    randomise(ours, theirs)
+    ids = torch.arange(2, 14).view(2, 6)
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_param_groups_are_pefts_lora_plus(settings):
+    peft_optimizers = pytest.importorskip("peft.optimizers")
+    ours, theirs = both(parity_model(), target_modules="all-linear", **settings)
+    optimizer = peft_optimizers.create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+
+    def rates(groups, named):
+        names = {id(p): name for name, p in named}
+        return {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+
+    expected = rates(optimizer.param_groups, adapter_of(theirs).items())
+    assert rates(param_groups(ours, 1e-3, lora_plus_ratio=16.0), ours.named_parameters()) == expected
+
+
+# --------------------------------------------------------------------------------------------------- PEFT: the files
+
+FILE_CASES = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "r": 4, "lora_alpha": 6},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa-dora": {"init_lora_weights": "pissa", "use_dora": True},
+    "patterns": PATTERNS,
+    "names": {"target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.1},
+    "regex": {"target_modules": r".*\.1\..*_proj"},
+    "head-copy": {"modules_to_save": ["lm_head"]},
+    "head-and-embedding-copies": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "head-adapted": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding-copy": {"modules_to_save": ["embed_tokens"]},
+    "norm-copies": {"modules_to_save": ["norm", "input_layernorm"]},
+}
+FILE_MODELS = {"llama": {}, "tied": {"tie_word_embeddings": True}, "many": {"num_hidden_layers": 4}}
+FILE_TESTS = [(case, "llama", torch.float32) for case in FILE_CASES]
+FILE_TESTS += [
+    (case, "tied", torch.float32)
+    for case in ("plain", "head-copy", "head-adapted", "embedding-copy", "head-and-embedding-copies")
+]
+FILE_TESTS += [(case, "llama", torch.bfloat16) for case in ("plain", "dora", "pissa", "head-copy")]
+FILE_TESTS += [
+    ("plain", "many", torch.float32),
+    *((case, "gpt2", torch.float32) for case in ("plain", "dora", "pissa")),
+]
+
+
+@pytest.fixture(params=FILE_TESTS, ids=lambda p: "-".join(map(str, p)))
+def file_case(request):
+    case, model, dtype = request.param
+    base = parity_model("gpt2" if model == "gpt2" else "llama", **FILE_MODELS.get(model, {})).to(dtype)
+    return base, {"target_modules": "all-linear"} | FILE_CASES[case]
+
+
+IDS = torch.arange(2, 14).view(2, 6)
+
+
+def assert_same_outputs(a, b, base):
+    x, y, z = (model.eval()(IDS).logits for model in (a, b, base))
+    torch.testing.assert_close(x, y)
+    assert (x - z).abs().max() > 0.05, "the adapter does nothing"
+
+
+def test_peft_reads_what_we_write(file_case, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, settings = file_case
+    ours = apply_lora(copy.deepcopy(base), LoRAConfig(**settings))
+    randomise(ours)
+    save_lora(ours, tmp_path)
+    assert_same_outputs(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), ours, base)
+
+
+def test_we_read_what_peft_writes_and_train_on(file_case, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, settings = file_case
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = load_lora(copy.deepcopy(base), tmp_path)
+    assert_same_outputs(ours, theirs, base)
+
+    trainable = {n for n, p in ours.named_parameters() if p.requires_grad}
+    assert len(trainable) == sum(p.requires_grad for p in theirs.parameters())
+    ours.train()(IDS, labels=IDS).loss.backward()
+    assert {n for n, p in ours.named_parameters() if p.grad is not None and p.grad.any()} == trainable
 
 
 # ---------------------------------------------------------------------------------------------------------- the gallery

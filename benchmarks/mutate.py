@@ -1,0 +1,189 @@
+"""Mutation testing: change the code in one small way at a time, and see whether a test notices.
+
+    python benchmarks/mutate.py [--every N] [--only lora.py]        # writes benchmarks/mutations.json
+
+Mutants: comparisons, arithmetic and Boolean operators exchanged, `not` and unary minus dropped, numbers and truth values
+changed, statements deleted. Judged: lora.py, rewards.py, and of grpo_lora.py the objective, log-prob and rollout parts. Each
+mutant runs the tests of test_math.py and test_training.py that need no fixture but tmp_path, quickest first, in a forked
+process with a time limit; it is killed by the first that fails.
+"""
+
+import argparse
+import ast
+import copy
+import inspect
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+os.environ["HYPOTHESIS_PROFILE"] = "gallery"
+
+import torch  # noqa: E402
+
+import test_training  # noqa: E402
+
+JUDGED = {  # of grpo_lora.py
+    "group_advantages", "_nanstd", "combine_rewards", "multi_objective_advantages", "completion_mask", "kl_penalty",
+    "grpo_loss", "CausalLM", "Rollout", "generate", "_decode", "_TokenLogps", "_chunk_logps", "completion_logps",
+    "evaluating", "adapter_dropout", "default_reference",
+}  # fmt: skip
+SWAPS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
+    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+    ast.MatMult: ast.Mult, ast.FloorDiv: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+
+
+def change(node: ast.AST) -> list[ast.AST]:
+    """What one node may turn into."""
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
+        return [ast.Compare(node.left, [SWAPS[type(node.ops[0])]()], node.comparators)]
+    if isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in SWAPS:
+        other = copy.copy(node)
+        other.op = SWAPS[type(node.op)]()
+        return [other]
+    if isinstance(node, ast.UnaryOp):
+        return [node.operand]
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
+        return [ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)]
+    if isinstance(node, ast.IfExp):
+        return [ast.IfExp(node.test, node.orelse, node.body)]
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        return [ast.Pass()]
+    return [ast.Pass()] if isinstance(node, ast.Raise | ast.AugAssign) else []
+
+
+def sites(tree: ast.AST):
+    """(parent, field, index, replacement) for each mutant; annotations and the texts of errors are left alone."""
+    for parent in ast.walk(tree):
+        for name, value in ast.iter_fields(parent):
+            if name in ("annotation", "returns", "decorator_list") or isinstance(
+                parent, ast.JoinedStr | ast.FormattedValue
+            ):
+                continue
+            for index, child in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(child, ast.AST):
+                    for other in change(child):
+                        yield parent, name, index if isinstance(value, list) else None, other
+
+
+def mutants(file: str):
+    source = (HERE.parent / file).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    for top in tree.body:
+        if file == "grpo_lora.py" and getattr(top, "name", None) not in JUDGED:
+            continue
+        if isinstance(top, ast.Import | ast.ImportFrom):
+            continue
+        for parent, name, index, other in list(sites(top)):
+            old = getattr(parent, name) if index is None else getattr(parent, name)[index]
+            if any(isinstance(x, ast.Raise) for x in (parent,)):
+                continue
+            put = lambda new, p=parent, n=name, i=index: (
+                setattr(p, n, new) if i is None else getattr(p, n).__setitem__(i, new)
+            )
+            line, before = getattr(old, "lineno", 0), ast.unparse(old)
+            put(other)
+            text = ast.unparse(ast.fix_missing_locations(tree))
+            put(old)
+            yield {"file": file, "line": line, "was": before[:100], "is": ast.unparse(other)[:100]}, source, text
+
+
+def usable(tests: dict) -> dict:
+    fits = lambda f: (
+        set(inspect.signature(f).parameters)
+        <= {"tmp_path"}
+        | {
+            n.strip()
+            for m in getattr(f, "pytestmark", [])
+            if m.name == "parametrize"
+            for n in (m.args[0].split(",") if isinstance(m.args[0], str) else m.args[0])
+        }
+    )
+    slow = ("gallery", "thousand", "merging_a", "262", "frequency")
+    return {n: f for n, f in tests.items() if fits(f) and not any(s in n for s in slow)}
+
+
+def judge(file: str, source: str, text: str, order: list[str]) -> str:
+    """The test that kills the mutant, or '' - in a forked process, so that nothing of the mutant is left."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        try:
+            signal.alarm(40)
+            with test_training.source_patched(file, source, text) as tests:
+                for name in order:
+                    signal.alarm(40)
+                    try:
+                        test_training.run_test(tests[name])
+                    except BaseException:
+                        os.write(write, name.encode())
+                        break
+        except BaseException as error:
+            os.write(write, f"loading: {type(error).__name__}".encode())
+        os._exit(0)
+    os.close(write)
+    return child, read
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--every", type=int, default=1, help="judge every N-th mutant")
+    parser.add_argument("--only", nargs="*", default=["lora.py", "rewards.py", "grpo_lora.py"])
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    seconds = {}
+    with test_training.source_patched() as tests:
+        for name, test in usable(tests).items():
+            start = time.perf_counter()
+            test_training.run_test(test)
+            seconds[name] = time.perf_counter() - start
+    order = sorted((n for n, s in seconds.items() if s < 20), key=seconds.get)
+    print(f"{len(order)} tests, {sum(seconds.values()):.0f} s", flush=True)
+
+    work = [m for file in options.only for m in mutants(file)][:: options.every]
+    print(f"{len(work)} mutants", flush=True)
+    running, results, favourites = {}, [], {}
+
+    def finish() -> None:
+        child, status = os.wait()
+        read, about = running.pop(child)
+        killer = os.read(read, 200).decode() or ("time limit" if os.WIFSIGNALED(status) else "")
+        os.close(read)
+        favourites[killer] = favourites.get(killer, 0) + 1
+        results.append(about | {"killed_by": killer})
+        if not killer:
+            print("survived:", about, flush=True)
+        if len(results) % 50 == 0:
+            print(f"{len(results)} judged, {sum(bool(r['killed_by']) for r in results)} killed", flush=True)
+
+    for about, source, text in work:
+        if len(running) >= options.workers:
+            finish()
+        first = sorted(order, key=lambda n: (seconds[n] > 1.5, -favourites.get(n, 0), seconds[n]))
+        child, read = judge(about["file"], source, text, first)
+        running[child] = (read, about)
+    while running:
+        finish()
+
+    survivors = [{k: r[k] for k in ("file", "line", "was", "is")} for r in results if not r["killed_by"]]
+    killed = len(results) - len(survivors)
+    command = "python benchmarks/mutate.py" + (f" --every {options.every}" if options.every > 1 else "")
+    summary = {"command": command, "mutants": len(results), "killed": killed, "score": killed / len(results)}
+    (HERE / "mutations.json").write_text(json.dumps(summary | {"survivors": survivors}, indent=1) + "\n")
+    print(summary)
+
+
+if __name__ == "__main__":
+    main()
