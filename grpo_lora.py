@@ -463,26 +463,44 @@ class CausalLM:
                 )
         if getattr(self.core.config, "is_encoder_decoder", False):
             raise ValueError(f"{kind} is an encoder-decoder; a causal (decoder-only) model is needed")
-        self.decoder = self.core.get_decoder()
+        self.decoder = self._first_called()
         modules = list(self.core.modules())
         self.places = [m._modules for m in modules for child in m._modules.values() if child is self.decoder]
-        if not self.places:
-            raise ValueError(f"{kind}: its decoder cannot be told from its head; is it a causal LM?")
         accepted = inspect.signature(self.decoder.forward).parameters
-        self.takes_positions = "position_ids" in accepted  # models with ALiBi read positions off the mask instead
+        self.takes_positions = "position_ids" in accepted
         self.takes_cache = "past_key_values" in accepted and not getattr(self.core, "_is_stateful", False)
         if self.takes_cache:  # recurrent states cannot be repeated or dropped row by row, keys and values can
             kinds = {type(layer) for layer in DynamicCache(config=self.core.config).layers}
             self.takes_cache = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
+    def _first_called(self) -> nn.Module:
+        """The submodule that the model's forward calls first: its decoder, whatever the family calls it."""
+
+        class Found(Exception):
+            pass
+
+        def stop(module: nn.Module, args: Any) -> None:
+            if module is not self.core:
+                raise Found(module)
+
+        hook = nn.modules.module.register_module_forward_pre_hook(stop)
+        try:
+            self.core(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.core.device))
+        except Found as found:
+            return found.args[0]
+        finally:
+            hook.remove()
+        raise ValueError(f"{type(self.core).__name__} calls no submodule: is it a causal language model?")
+
     def blocks(self, P: int, together: bool = True) -> list[slice]:
         """Which prompts go through the model at once: all, or where left padding is not safe, one at a time.
 
-        It is not for recurrent models, whose state runs through the padding, nor with eager attention in float64, where
-        rows that see nothing become NaN (-1.8e308 is -inf to its float32 softmax) and spread.
+        It is not where the model counts positions itself, padding included; where a recurrent state runs through the
+        padding; nor with eager attention in float64, where rows that see nothing become NaN (-1.8e308 is -inf to its
+        float32 softmax) and spread.
         """
         eager64 = self.core.dtype == torch.float64 and self.core.config._attn_implementation == "eager"
-        together = together and self.takes_cache and not eager64
+        together = together and self.takes_cache and self.takes_positions and not eager64
         return [slice(0, P)] if together else [slice(p, p + 1) for p in range(P)]
 
     def new_cache(self) -> DynamicCache:

@@ -73,6 +73,22 @@ class LoRAConfig:
             raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: must be True, 'gaussian' or 'pissa'")
 
 
+def _is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer; of subclasses with a forward of their own (routers are some), if it acts so."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight: Any = module.weight
+    try:
+        x = torch.ones(2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        with torch.no_grad():
+            y, wanted = module(x), F.linear(x, weight, module.bias)
+        return isinstance(y, Tensor) and torch.allclose(y.float(), wanted.float(), rtol=0.02, atol=0.02)
+    except Exception:  # a forward that takes other inputs may raise anything
+        return False
+
+
 def _matches(name: str, targets: str | list[str]) -> bool:
     """PEFT's rule: a string is a regex for the whole name, a list holds names or dotted endings of names."""
     if isinstance(targets, str):
@@ -233,7 +249,7 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
     linear = {
         name: module
         for name, module in modules.items()
-        if isinstance(module, nn.Linear | Conv1D) and not any(name == s or name.startswith(f"{s}.") for s in saved)
+        if _is_linear(module) and not any(name == s or name.startswith(f"{s}.") for s in saved)
     }
     if config.target_modules == "all-linear":
         targets = [name for name, module in linear.items() if module is not head]
