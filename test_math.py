@@ -43,6 +43,7 @@ for profile, phases in (
     settings.register_profile(profile, deadline=None, derandomize=seeded, phases=phases, database=None, max_examples=60)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+torch.set_num_threads(1)  # tiny tensors only get slower with more
 LOSSES = list(AGGREGATION)
 CLIPPED = ["grpo", "dapo", "bnpo", "dr_grpo", "luspo"]
 
