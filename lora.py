@@ -66,10 +66,7 @@ class LoRAConfig:
             raise ValueError(f"lora_dropout = {self.lora_dropout}: must be at least 0 and below 1")
         if self.bias != "none":
             raise ValueError(f"bias = {self.bias!r}: only 'none' is supported; name whole modules in modules_to_save")
-        if not any(self.init_lora_weights is v for v in (True,)) and self.init_lora_weights not in (
-            "gaussian",
-            "pissa",
-        ):
+        if self.init_lora_weights is not True and self.init_lora_weights not in ("gaussian", "pissa"):
             raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: must be True, 'gaussian' or 'pissa'")
 
 

@@ -2024,3 +2024,5 @@ def test_gallery_every_known_bug_is_noticed_when_put_back_in(bug, monkeypatch):
 
 def test_gallery_covers_all_28_bugs_and_readme_lists_them():
     assert {bug.number for bug in GALLERY} == set(range(1, 29))
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert all(f"| {bug.number} | {bug.what} | {bug.seen} | `{bug.test}` |" in readme for bug in GALLERY)
