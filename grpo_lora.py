@@ -222,11 +222,14 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
 
     rewards: (P, G), NaN where there is none. Returns (P, G). scale: "group" (GRPO, std of each group), "batch" (std of
     all rewards) or "none" (R - mean_g, Dr. GRPO). Every std has ddof 1. A row without reward leaves the statistics and
-    gets 0; a group whose rewards are all equal, or that has only one, gets exactly 0. ValueError for another scale.
+    gets 0; a group whose rewards are all equal, or that has only one, gets exactly 0. ValueError for other shapes, scales.
     Where a whole group has rewards, std(A) = s/(s + eps), s its std. (Shao et al. 2024, section 4.1.2)
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale = {scale!r}: must be 'group', 'batch' or 'none'")
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}, must be (P, G): a row for each prompt's group")
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     valid = ~rewards.isnan()
     centred = rewards - rewards.nanmean(dim=1, keepdim=True)
     if scale == "group":
@@ -463,6 +466,8 @@ class CausalLM:
                 )
         if getattr(self.core.config, "is_encoder_decoder", False):
             raise ValueError(f"{kind} is an encoder-decoder; a causal (decoder-only) model is needed")
+        if getattr(self.core.config.get_text_config(), "use_bidirectional_attention", False) in (True, "all"):
+            raise ValueError(f"{kind} attends to later tokens (use_bidirectional_attention); a causal model is needed")
         self.decoder = self._first_called()
         modules = list(self.core.modules())
         self.places = [m._modules for m in modules for child in m._modules.values() if child is self.decoder]
@@ -758,6 +763,10 @@ class RewardError(RuntimeError):
     """A reward function failed, or returned what cannot be used. The message names it."""
 
 
+class ResumeError(ValueError):
+    """The run in output_dir cannot be resumed with these settings. The message names the one that differs."""
+
+
 @dataclass
 class MicroBatch:
     """Some groups of a rollout, and what stays fixed about them while the policy moves."""
@@ -979,6 +988,8 @@ class GRPOTrainer:
             started, index = time.perf_counter(), self.step // args.num_iterations
             self.seed("update", index)
             metrics = self.update(self.batch(index))
+            if self.step == 0 and metrics["grad_norm"] > 0:
+                self._name_idle_adapters()
             self.step += args.num_iterations
             epoch = (index + 1) * args.prompts_per_step / len(self.train_dataset)
             metrics = {"step": self.step, "epoch": epoch, **metrics, "step_time": time.perf_counter() - started}
@@ -1036,6 +1047,13 @@ class GRPOTrainer:
         digest = hashlib.sha256(repr((self.args.seed, *what)).encode()).digest()
         transformers.set_seed(int.from_bytes(digest[:4], "big"))
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[4:8], "big"))
+
+    def _name_idle_adapters(self) -> None:
+        """After the first update each B has a gradient, unless the model reads its layer's weight past the adapter."""
+        idle = [name for name, p in self.params.items() if "lora_B" in name and not p.grad.any()]  # type: ignore[union-attr]
+        if idle:
+            some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
+            print(f"warning: no gradient reaches {some}: leave these layers out of target_modules", file=sys.stderr)
 
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.step // every > (self.step - self.args.num_iterations) // every  # type: ignore[operator]
@@ -1411,7 +1429,7 @@ def _damage(folder: Path) -> str:
 def load_checkpoint(trainer: GRPOTrainer) -> int:
     """Bring the trainer to the newest intact checkpoint of output_dir, and return its update; 0 if there is none.
 
-    ValueError, naming the setting, if the run to resume was another one.
+    ResumeError, naming the setting, if the run to resume was another one.
     """
     for folder in _checkpoints(Path(str(trainer.args.output_dir))):
         if damage := _damage(folder):
@@ -1422,7 +1440,7 @@ def load_checkpoint(trainer: GRPOTrainer) -> int:
         for name in dict.fromkeys([*state["run"], *now]):
             if state["run"].get(name) != now.get(name):
                 was = f"{state['run'].get(name)!r}, now {now.get(name)!r}"
-                raise ValueError(f"resume: {name} was {was:.300}; it must stay, or start a new run in another folder")
+                raise ResumeError(f"resume: {name} was {was:.300}; it must stay, or start a new run in another folder")
         for name, value in _machine().items():
             if state["made_with"].get(name) != value:
                 was = state["made_with"].get(name)
@@ -1751,9 +1769,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"writing to {out}/", file=sys.stderr)
     try:
         trainer.train()
-    except (RewardError, OSError) as error:
+    except (RewardError, ResumeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ResumeError) else 1
     if trainer.stop and trainer.step < trainer.args.max_steps:
         print(f"stopped after update {trainer.step}; go on with the same command and --output_dir {out} --resume")
         return 0

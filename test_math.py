@@ -114,8 +114,11 @@ def test_advantages_by_hand():
     torch.testing.assert_close(group_advantages(rewards, eps=0.0), centred / std)
     torch.testing.assert_close(group_advantages(rewards, scale="batch", eps=0.0), centred / rewards.std())
     torch.testing.assert_close(group_advantages(rewards, scale="none"), centred)
+    torch.testing.assert_close(group_advantages(rewards.long()), group_advantages(rewards).float())
     with pytest.raises(ValueError, match="scale"):
         group_advantages(rewards, scale="std")
+    with pytest.raises(ValueError, match="shape"):
+        group_advantages(rewards[0])
 
 
 @given(groups, st.randoms(use_true_random=False))

@@ -508,6 +508,11 @@ def test_models_that_cannot_be_right_are_refused():
                 transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
             )
         )
+    gemma = transformers.Gemma3TextConfig(
+        hidden_size=8, vocab_size=9, num_hidden_layers=1, use_bidirectional_attention=True
+    )
+    with pytest.raises(ValueError, match="later tokens"):
+        CausalLM(AutoModelForCausalLM.from_config(gemma))
     with pytest.raises(ValueError, match="already carries"):
         apply_lora(with_adapters(tiny_model()), LoRAConfig())
     with pytest.raises(ValueError, match="no LoRA adapter"), lora_disabled(tiny_model()):
@@ -801,6 +806,14 @@ def test_every_kind_of_model_trains(kind):
         assert metrics["reward"] == pytest.approx(metrics["rewards/digits_0/mean"] + metrics["rewards/digits_1/mean"])
 
 
+def test_adapters_that_no_gradient_reaches_are_named(capsys):
+    mamba = tiny_model(config=MambaConfig, hidden_size=32, num_hidden_layers=2, state_size=4)
+    trainer(with_adapters(mamba, random=False)).train()  # the model reads dt_proj.weight and never calls the layer
+    assert "layers.0.mixer.dt_proj.lora_B" in capsys.readouterr().err
+    trainer().train()
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_training_with_activation_checkpointing_moves_every_adapter():
     t = trainer(gradient_checkpointing=True)
     update(t)
@@ -989,6 +1002,8 @@ def test_the_command_line_trains_resumes_and_writes_what_it_says(model_dir, data
     assert state["lora.r"] == 2 and "before" in capsys.readouterr().out
     load_lora(AutoModelForCausalLM.from_pretrained(model_dir), out / "adapter")
     assert main(command) == 2 and "holds another run" in capsys.readouterr().err
+    assert main([*command, "--resume", "--learning_rate", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: resume: learning_rate was 0.0001, now 1.0")
     assert main([*command, "--resume", "--max_steps", "3"]) == 0
     assert [row["step"] for row in lines(out / "metrics.jsonl")] == [0, 1, 2, 3]
     goes_on = [*command[: command.index("--output_dir")], "--adapter", "out/adapter"]
