@@ -170,29 +170,22 @@ class GRPOConfig:
         for f in dataclasses.fields(self):
             if "choices" in f.metadata:
                 known(getattr(self, f.name), f.metadata["choices"], f.name)
-        zero = ["max_steps", "epsilon", "beta", "learning_rate", "lora_plus_ratio", "warmup_steps", "weight_decay"]
-        zero += ["save_steps", "num_completions_to_log"]
-        one = ["prompts_per_step", "per_device_train_batch_size", "max_completion_length", "num_iterations"]
-        lowest = dict.fromkeys(zero, 0) | dict.fromkeys(one, 1) | {"num_generations": 2}
-        above_zero = ["temperature", "max_grad_norm", "sapo_temperature_pos", "sapo_temperature_neg", "epsilon_high"]
-        above_zero += [
-            "top_entropy_quantile",
-            "delta",
-            "eval_steps",
-            "save_total_limit",
-            "modules_to_save_learning_rate",
-        ]
+        at_least = {
+            0: "max_steps epsilon beta learning_rate lora_plus_ratio warmup_steps weight_decay save_steps",
+            1: "prompts_per_step per_device_train_batch_size max_completion_length num_iterations",
+            2: "num_generations",
+        }
+        above_0 = "temperature max_grad_norm sapo_temperature_pos sapo_temperature_neg epsilon_high delta"
+        above_0 += " top_entropy_quantile eval_steps save_total_limit modules_to_save_learning_rate"
         why = {
             "num_generations": " (an advantage compares completions of one prompt)",
             "temperature": " (greedy sampling gives a group of equal completions)",
         }
-        for name in [*lowest, *above_zero]:
+        checks = [(name, low, f"at least {low}") for low, names in at_least.items() for name in names.split()]
+        for name, low, words in [*checks, *((name, 0, "above 0") for name in above_0.split())]:
             value = getattr(self, name)
-            if value is not None and not (
-                0 < value < math.inf if name in above_zero else lowest[name] <= value < math.inf
-            ):
-                bound = f"at least {lowest[name]}" if name in lowest else "above 0"
-                raise ValueError(f"{name} = {value}: must be finite and {bound}{why.get(name, '')}")
+            if value is not None and not (low < value < math.inf or (value == low and words != "above 0")):
+                raise ValueError(f"{name} = {value}: must be finite and {words}{why.get(name, '')}")
         if self.epsilon > 1 and self.loss_type not in ("cispo", "sapo", "vespo"):
             raise ValueError(f"epsilon = {self.epsilon}: 1 - epsilon bounds a ratio, so at most 1")
         if self.top_entropy_quantile > 1:
@@ -978,6 +971,7 @@ class GRPOTrainer:
     def train(self) -> dict[str, Any]:
         """Run to max_steps, or until `stop` is set. Returns the last metrics. Writes the run's files if output_dir is set."""
         args, metrics = self.args, dict[str, Any]()
+        check_output_dir(args)
         if args.resume:
             self.step = load_checkpoint(self)
         record = RunRecord(args.output_dir, keep_to=self.step if args.resume else None)
@@ -1255,15 +1249,7 @@ def check_lengths(
 
 # ------------------------------------------------------------------------------------------- a run's files, checkpoints
 
-MAY_CHANGE = {
-    "output_dir",
-    "resume",
-    "max_steps",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "num_completions_to_log",
-}
+MAY_CHANGE = set("output_dir resume max_steps eval_steps save_steps save_total_limit num_completions_to_log".split())
 
 
 def check_output_dir(args: GRPOConfig) -> None:
@@ -1274,7 +1260,7 @@ def check_output_dir(args: GRPOConfig) -> None:
         held += [p.name for p in Path(args.output_dir).glob("checkpoint-*")]
         if held:
             raise ValueError(
-                f"output_dir: {args.output_dir} holds another run ({held[0]}); resume it, or name a new folder"
+                f"output_dir: {args.output_dir} holds another run ({held[0]}); resume it or name a new one"
             )
 
 
@@ -1590,10 +1576,10 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
         description=str(__doc__).partition("\n")[0],
     )
 
-    def refuse(message: str) -> Any:  # argparse would print pages of usage
+    def no_usage(message: str) -> Any:  # argparse would print pages of it
         raise ValueError(message)
 
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = no_usage  # type: ignore[method-assign]
     for action in parser._actions:
         if action.dest in ("rank_pattern", "alpha_pattern"):
             action.type = json.loads
@@ -1749,6 +1735,12 @@ def draw_curve(folder: Path, rows: list[dict[str, Any]]) -> None:
     pyplot.close(figure)
 
 
+def refuse(error: Exception, status: int) -> int:
+    """One line, whatever the message was made from."""
+    print("error:", " ".join(printable(str(error)).split())[:1000], file=sys.stderr)
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done or stopped on request, 1 the run failed, 2 bad input."""
     started = time.perf_counter()
@@ -1756,8 +1748,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trainer = prepare(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, 2)
 
     def stop(signum: int, frame: Any) -> None:
         trainer.stop = True
@@ -1770,8 +1761,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trainer.train()
     except (RewardError, ResumeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ResumeError) else 1
+        return refuse(error, 2 if isinstance(error, ResumeError) else 1)
     if trainer.stop and trainer.step < trainer.args.max_steps:
         print(f"stopped after update {trainer.step}; go on with the same command and --output_dir {out} --resume")
         return 0
