@@ -556,6 +556,9 @@ class Rollout:
     completion_mask: Tensor  # (B, T) bool, True up to and including the first EOS
     logps: Tensor  # (B, T), the sampler's own, at its temperature; 0 where masked
 
+    def __post_init__(self) -> None:  # a mask of numbers would be taken for indices
+        self.prompt_mask, self.completion_mask = self.prompt_mask.bool(), self.completion_mask.bool()
+
     @property
     def num_generations(self) -> int:
         return len(self.completion_ids) // len(self.prompt_ids)
@@ -606,7 +609,9 @@ def generate(
     changes no other. A token is drawn by inverting the cumulative distribution, in float64. Runs in eval mode.
     """
     P, G = len(prompt_ids), num_generations
-    draws = torch.rand(P * G, max_completion_length, generator=generator, dtype=torch.float64).to(prompt_ids.device)
+    place = generator.device if generator else "cpu"  # the same draws wherever the model is
+    draws = torch.rand(P * G, max_completion_length, generator=generator, dtype=torch.float64, device=place)
+    draws = draws.to(prompt_ids.device)
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=prompt_ids.device)
     lm = CausalLM(model)
     ids, logps = [], []
@@ -620,7 +625,7 @@ def generate(
                 logps.append(row_logps)
     completion_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
     mask = completion_mask(completion_ids, eos_token_ids)
-    return Rollout(prompt_ids, prompt_mask.bool(), completion_ids, mask, pad_sequence(logps, batch_first=True))
+    return Rollout(prompt_ids, prompt_mask, completion_ids, mask, pad_sequence(logps, batch_first=True))
 
 
 def _decode(

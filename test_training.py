@@ -301,6 +301,13 @@ def test_scoring_changes_no_input():
         assert torch.equal(getattr(rollout, f.name), getattr(before, f.name))
 
 
+def test_masks_of_numbers_are_masks():
+    model, (ids, mask) = with_adapters(tiny_model()), prompts()
+    rollout = sample(model, ids, mask.long())
+    numbers = Rollout(ids, mask.long(), rollout.completion_ids, rollout.completion_mask.float(), rollout.logps)
+    assert torch.equal(*(completion_logps(model, r, temperature=0.7)[0] for r in (rollout, numbers)))
+
+
 def test_a_rollout_without_tokens_to_train_has_zero_gradient():
     model = with_adapters(tiny_model())
     rollout = sample(model, *prompts())
