@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import time
+import types
 from fractions import Fraction
 
 import hypothesis
@@ -255,7 +256,7 @@ def test_soft_surrogates_by_hand():
         logp = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
         return gradient(grpo_loss(logp, old, torch.tensor([A], dtype=torch.float64), mask, **options)[0], logp).item()
 
-    for A in (2.0, -2.0):
+    for A in (2.0, 0.5, -0.5, -2.0):
         assert slope(3.0, A, loss_type="cispo", epsilon_high=5.0) == pytest.approx(-3.0 * A)
         assert slope(3.0, A, loss_type="cispo", epsilon_high=2.0) == pytest.approx(-2.0 * A)
         tau = 1.0 if A > 0 else 1.05
@@ -380,6 +381,14 @@ def test_policy_mask_drops_policy_terms_and_keeps_the_divisor():
     ratio = (logps - old).exp()
     want = -torch.min(ratio * A.unsqueeze(1), ratio.clamp(0.8, 1.2) * A.unsqueeze(1)) * (mask & keep)
     torch.testing.assert_close(loss, want.sum() / mask.sum())
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_normaliser_divides_and_is_at_least_one(loss_type):
+    logps, old, A, mask, _ = batch(10)
+    loss = lambda n: grpo_loss(logps, old, A, mask, normalizer=n, **setting_of(loss_type))[0]
+    torch.testing.assert_close(loss(4) * 4, loss(1))
+    assert loss(0) == loss(1)
 
 
 def test_shapes_and_missing_settings_are_refused_by_name():
@@ -834,7 +843,7 @@ def test_a_missing_answer_equals_nothing_not_even_another():
         ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>1</answer> <answer>2", "1"), ("#### 3 \nmore", "3"),
         ("#### 3\n#### 4", "4"), (r"<answer>\boxed{5}</answer>", "5"), (r"\boxed{ } <answer>6</answer>", "6"),
         (r"<think>\boxed{1}</think> <answer>2</answer>", "2"), ("I count 12345 ways", None), ("", None), ("####", None),
-        ("</answer>7<answer>", None),
+        ("</answer>7<answer>", None), ("7</answer>", None), ("<answer>7", None),
     ],
 )  # fmt: skip
 def test_extract_answer_examples(text, answer):
@@ -902,12 +911,19 @@ def test_reward_values_by_hand():
     assert got == pytest.approx([1.0, 0.75, 0.5, -1.0])
     assert score("repetition_penalty", "a b c d", "a b c a b c", "A b") == [0.0, pytest.approx(-0.25), 0.0]
     over = {"max_completion_len": 100, "soft_punish_cache": 20}
-    lengths = [[0] * n for n in (80, 90, 100, 101)]
-    assert score("soft_overlong_penalty", *"abcd", completion_ids=lengths, **over) == [0.0, -0.5, -1.0, -1.0]
+    lengths = [[0] * n for n in (80, 81, 90, 100, 101)]
+    assert score("soft_overlong_penalty", *"abcde", completion_ids=lengths, **over) == [0.0, -0.05, -0.5, -1.0, -1.0]
+    run = {"trainer_state": types.SimpleNamespace(max_completion_length=80)}  # then L = 80 and C = 20
+    assert score("soft_overlong_penalty", "a", "b", completion_ids=[[0] * 60, [0] * 70], **run) == [0.0, -0.5]
+    assert score("cosine", right, answer=["1"], completion_ids=[[0] * 40], **run) == pytest.approx([0.75])
+    assert score("soft_overlong_penalty", "a", completion_ids=[[0] * 14336]) == [-0.5]  # DAPO's 16384 and 4096
 
 
 def test_rewards_are_found_by_name_by_file_and_by_module(tmp_path):
-    (tmp_path / "mine.py").write_text("def my_reward(completions, **columns):\n    return [0.5 for _ in completions]\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Half:\n    value: float = 0.5\n"
+        "def my_reward(completions, **columns):\n    return [Half().value for _ in completions]\n"
+    )
     assert load_reward(f"{tmp_path}/mine.py:my_reward")(completions=["a"]) == [0.5]
     assert load_reward("accuracy") is load_reward("accuracy_reward") is load_reward("rewards:accuracy_reward")
     assert load_reward("format") is REWARDS["format"]

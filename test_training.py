@@ -433,6 +433,7 @@ def test_merging_an_adapted_head_leaves_the_tied_embedding_alone(tmp_path):
     plain = merge_and_unload(model)
     assert torch.equal(plain.get_input_embeddings().weight, embedding) and not plain.config.tie_word_embeddings
     assert not any(isinstance(m, LoRALinear) for m in plain.modules())
+    assert all(p.requires_grad for p in plain.parameters()) and not hasattr(plain, "lora_config")
     plain.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(ids).logits, out)
@@ -461,6 +462,13 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_trainable(kind, tmp_path):
     assert {n for n, p in again.named_parameters() if p.requires_grad} == set(adapters_of(model))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["inference_mode"] and isinstance(config["target_modules"], list)
+    assert not any("residual" in key for key in model.state_dict())
+    if kind == "plain":  # settings of other files that change nothing here
+        for init in (False, "orthogonal"):
+            (tmp_path / "adapter_config.json").write_text(
+                json.dumps(config | {"init_lora_weights": init, "lora_bias": False})
+            )
+            assert torch.equal(load_lora(tiny_model(), tmp_path)(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -503,6 +511,7 @@ def test_a_snapshot_is_the_policy_of_its_moment():
                     p += 0.1
         after = model(ids).logits
         with pytest.raises(KeyError), snapshot():
+            assert not model(ids).logits.requires_grad  # frozen: nothing can be learnt through it
             assert torch.equal(model(ids).logits, before)
             raise KeyError
         assert torch.equal(model(ids).logits, after) and not torch.equal(after, before)
