@@ -366,7 +366,7 @@ def grpo_loss(
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
-    log_ratio = logps - old_logps
+    log_ratio = (logps - old_logps).clamp(max=80)  # where exp is finite in float32: 0·inf would make the gradient NaN
     if importance_sampling_level == "sequence":
         ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).exp().expand(B, T)
     else:
@@ -457,6 +457,9 @@ class CausalLM:
                 raise ValueError(
                     f"peft adapter {name!r} adds virtual tokens outside the inner model; use LoRA or the like"
                 )
+        config = self.core.config
+        if getattr(config, "is_decoder", True) is False and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+            raise ValueError(f"{kind} is an encoder, whose tokens see later ones; a causal (decoder) model is needed")
         if getattr(self.core.config, "is_encoder_decoder", False):
             raise ValueError(f"{kind} is an encoder-decoder; a causal (decoder-only) model is needed")
         if getattr(self.core.config.get_text_config(), "use_bidirectional_attention", False) in (True, "all"):
@@ -804,7 +807,10 @@ class GRPOTrainer:
         self.model: Any = model
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
         lm = CausalLM(model)  # refuses models that it cannot be right for
-        self.tokenizer = processing_class or AutoTokenizer.from_pretrained(lm.core.config._name_or_path)
+        name = getattr(lm.core.config, "_name_or_path", "")
+        if processing_class is None and not name:
+            raise ValueError("processing_class: the model was not loaded from a folder or hub, so pass its tokenizer")
+        self.tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
         for rows in (train_dataset, eval_dataset):
             if rows is not None:
                 check_rows(rows, self.reward_funcs)
@@ -830,6 +836,8 @@ class GRPOTrainer:
         self.objective = {
             name: getattr(args, name) for name in inspect.signature(grpo_loss).parameters if hasattr(args, name)
         }
+        self.generator: torch.Generator | None = None  # of the rollouts; train and evaluate seed it
+        self.reward_metrics = WeightedMeans()  # what reward functions log
         self.step = 0  # optimiser updates made
         self.tokens = 0  # prompt and completion tokens trained on
         self.stop = False  # set from outside (a signal): finish the update in hand, save, return
@@ -876,6 +884,8 @@ class GRPOTrainer:
                 stats |= {"entropy": entropies[mask].mean().item(), GAP: gap.mean().item()}
                 means.add(int(mask.sum()), **stats)
             grad_norm = nn.utils.clip_grad_norm_(self.params.values(), args.max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(f"update {self.step + 1}: the gradient is {grad_norm}, and no step was taken")
             means.add(1, loss=total, grad_norm=grad_norm, learning_rate=self.scheduler.get_last_lr()[0])
             self.optimizer.step()
             self.scheduler.step()
@@ -908,7 +918,7 @@ class GRPOTrainer:
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         columns: dict[str, Any] = {key: [row.get(key) for row in rows] for row in rows for key in row}
         if "solution" in columns:
-            columns.setdefault("answer", columns["solution"])
+            columns["answer"] = [row.get("answer", row.get("solution")) for row in rows]
         prompts = columns["prompts"] = columns.pop("prompt")
         columns["completions"] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -919,9 +929,14 @@ class GRPOTrainer:
             global_step=self.step, max_steps=self.args.max_steps, max_completion_length=self.args.max_completion_length
         )
         extra: dict[str, list[Any]] = {}
-        self.reward_metrics: dict[str, float] = {}
-        columns |= {"log_extra": extra.__setitem__, "log_metric": self.reward_metrics.__setitem__}
+        columns |= {
+            "log_extra": extra.__setitem__,
+            "log_metric": lambda n, value: self.reward_metrics.add(1, **{n: value}),
+        }
         scores = [call_reward(f, len(rows), columns) for f in self.reward_funcs]
+        for name, values in extra.items():
+            if len(values) != len(rows):
+                raise RewardError(f"log_extra({name!r}): {len(values)} values for {len(rows)} completions")
         ended = self.ended(rollout).tolist()
         samples = [
             {"prompt": prompts[i], "completion": texts[i], "length": len(ids[i]), "ended": ended[i]}
@@ -1070,7 +1085,8 @@ class GRPOTrainer:
         for name, values in zip(self.reward_names, rewards.unbind(-1), strict=True):
             metrics[f"rewards/{name}/mean"] = values.nanmean().item()
             metrics[f"rewards/{name}/std"] = _nanstd(values.flatten(), dim=0).item()
-        metrics |= {"reward": total.nanmean().item(), **self.reward_metrics}
+        metrics |= {"reward": total.nanmean().item(), **self.reward_metrics.result()}
+        self.reward_metrics = WeightedMeans()
         if advantages is not None:
             metrics["reward_std"] = _nanstd(total.flatten(), dim=0).item()
             metrics["frac_reward_zero_std"] = (~advantages.any(dim=1)).double().mean().item()
@@ -1091,7 +1107,7 @@ class WeightedMeans:
     def add(self, weight: float, **values: float) -> None:
         for name, value in values.items() if weight else ():
             total = self.sums.setdefault(name, [0.0, 0.0])
-            total[0] += weight * value
+            total[0] += weight * float(value)
             total[1] += weight
 
     def result(self) -> dict[str, float]:
@@ -1334,11 +1350,12 @@ def _identity(trainer: GRPOTrainer) -> dict[str, Any]:
     lora = getattr(trainer.model, "lora_config", None)
     adapter = {f"lora.{k}": v for k, v in dataclasses.asdict(lora).items()} if isinstance(lora, LoRAConfig) else {}
     shapes = {name: list(p.shape) for name, p in trainer.params.items()}
-    return (
-        settings
-        | adapter
-        | {"rewards": trainer.reward_names, "train data": data.hexdigest(), "trainable parameters": shapes}
-    )
+    base = hashlib.sha256()
+    for name, p in trainer.model.named_parameters():
+        if not p.requires_grad:  # a sample of each frozen tensor tells base models apart, and their dtypes
+            base.update(f"{name} {p.dtype} {p.detach().flatten()[:: p.numel() // 32 + 1].tolist()}".encode())
+    same = {"rewards": trainer.reward_names, "train data": data.hexdigest(), "base model": base.hexdigest()}
+    return settings | adapter | same | {"trainable parameters": shapes}
 
 
 def _machine() -> dict[str, Any]:
@@ -1440,7 +1457,7 @@ def load_checkpoint(trainer: GRPOTrainer) -> int:
         with torch.no_grad():
             for name, parameter in trainer.params.items():
                 parameter.copy_(trainable[name])
-        if (folder / "reference.safetensors").exists():
+        if isinstance(trainer.reference, lora_snapshot) and (folder / "reference.safetensors").exists():
             snapshot = lora_snapshot(trainer.model)
             snapshot.tensors = {
                 n: t.to(trainer.params[n].device) for n, t in load_file(folder / "reference.safetensors").items()
@@ -1468,7 +1485,7 @@ DEMO_SETTINGS = {  # what `python grpo_lora.py` does, unless told otherwise
     "r": 8,
     "lora_alpha": 8,
     "eval_steps": 10,
-    "save_steps": 0,
+    "save_steps": 25,
 }
 
 
@@ -1606,6 +1623,8 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
     if first.model is None:
         if first.data:
             raise ValueError("--data needs --model, a model folder or hub id")
+        if first.eval_data or first.eval_size:
+            raise ValueError("--eval_data and --eval_size need --model and --data: the demo has its own problems")
         parser.set_defaults(**DEMO_SETTINGS)
     elif not first.data:
         raise ValueError("--model needs --data, a JSONL file with a `prompt` in each line")
@@ -1613,6 +1632,10 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
         known(first.variant, VARIANTS, "--variant")
         parser.set_defaults(**VARIANTS[first.variant].settings)
     script, lora, args = parser.parse_args_into_dataclasses(argv)
+    own = LoRAConfig(r=parser.get_default("r"), lora_alpha=parser.get_default("lora_alpha"))
+    if script.adapter and lora != own:
+        changed = next(f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(lora, f.name))
+        raise ValueError(f"--{changed}: has no effect with --adapter, whose own file says it")
     return script, lora, args
 
 
@@ -1626,8 +1649,8 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
         device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if script.device == "auto" else script.device
         )
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {script.device}: {str(error).partition(chr(10))[0]}") from None
     if script.model is None:
         train, held_out = sum_problems()[:-DEMO_HELD_OUT], sum_problems()[-DEMO_HELD_OUT:]
@@ -1658,14 +1681,14 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model {folder}: {str(error).strip().partition(chr(10))[0]}") from None
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"--model {folder}: {type(error).__name__}: {error}") from None
     for rows, place in ((train, where), (held_out, held_out_where)):
         check_lengths(rows, tokenizer, args, config, place)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, script.dtype))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {folder}: {str(error).strip().partition(chr(10))[0]}") from None
+    except Exception as error:
+        raise ValueError(f"--model {folder}: {type(error).__name__}: {error}") from None
     transformers.set_seed(args.seed)
     model.to(device)
     model = load_lora(model, script.adapter) if script.adapter else apply_lora(model, lora)
@@ -1752,7 +1775,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     try:
         trainer = prepare(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return refuse(error, 2)
 
     def stop(signum: int, frame: Any) -> None:
@@ -1765,7 +1788,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"writing to {out}/", file=sys.stderr)
     try:
         trainer.train()
-    except (RewardError, ResumeError, OSError) as error:
+    except (RewardError, ResumeError, FloatingPointError, OSError) as error:
         return refuse(error, 2 if isinstance(error, ResumeError) else 1)
     if trainer.stop and trainer.step < trainer.args.max_steps:
         print(f"stopped after update {trainer.step}; go on with the same command and --output_dir {out} --resume")

@@ -59,9 +59,21 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Likewise for lora_alpha."})
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must map module names to values")
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if isinstance(r, bool) or not isinstance(r, int) or r < 1:
                 raise ValueError(f"{name} = {r!r}: a rank is a whole number of at least 1")
+        for name, alpha in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
+            if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+                raise ValueError(f"{name} = {alpha!r}: an alpha is a finite number above 0")
+        strings = [self.target_modules] if isinstance(self.target_modules, str) else []
+        for pattern in [*strings, *self.rank_pattern, *self.alpha_pattern]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout = {self.lora_dropout}: must be at least 0 and below 1")
         if self.bias != "none":
@@ -131,7 +143,7 @@ class LoRALinear(_Switchable):
 
     def __init__(self, base: nn.Linear | Conv1D, r: int, alpha: float, config: LoRAConfig) -> None:
         super().__init__()
-        self.base_layer = base.requires_grad_(False)
+        self.base_layer = base
         self.transposed = isinstance(base, Conv1D)
         self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         out_features, in_features = self._oriented(base.weight).shape
@@ -223,7 +235,7 @@ class TrainedCopy(_Switchable):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.trained = copy.deepcopy(original).requires_grad_(True)
-        self.original = original.requires_grad_(False)
+        self.original = original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return (self.original if self.disabled else self.trained)(*args, **kwargs)
@@ -267,17 +279,18 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
             adapted = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
             raise ValueError(f"rank_pattern or alpha_pattern: {key!r} matches no adapted module; there are {adapted}")
 
-    model.requires_grad_(False)
+    layers: dict[str, LoRALinear | TrainedCopy] = {}  # all of them first: a refusal leaves the model as it was
     for name in targets:
         r = _pattern_value(config.rank_pattern, name, config.r)
         alpha = _pattern_value(config.alpha_pattern, name, config.lora_alpha)
         try:
-            layer = LoRALinear(linear[name], r, alpha, config)
+            layers[name] = LoRALinear(linear[name], r, alpha, config)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        _replace(model, name, layer.train(linear[name].training))
-    for name in saved:
-        _replace(model, name, TrainedCopy(modules[name]).train(modules[name].training))
+    layers |= {name: TrainedCopy(modules[name]) for name in saved}
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        _replace(model, name, layer.train(modules[name].training))
     model.lora_config = dataclasses.replace(config, target_modules=targets, modules_to_save=saved or None)
     return model
 
@@ -322,13 +335,14 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     layers = [module for module in _adapters(model).values() if isinstance(module, LoRALinear)]
     outer = [layer.merged for layer in layers]
     with ExitStack() as hooks:
-        for layer in layers:
-            with torch.no_grad():
-                merged = layer.merged_weight()
-            layer.merged = merged.requires_grad_()  # so that a backward pass comes by here, and is refused
-            layer.merged.register_hook(refuse)
-            hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)
         try:
+            for layer in layers:
+                with torch.no_grad():
+                    merged = layer.merged_weight()
+                layer.merged = merged.requires_grad_()  # so that a backward pass comes by here, and is refused
+                layer.merged.register_hook(refuse)
+                if layer.lora_B.weight.requires_grad:
+                    hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)
             yield
         finally:
             for layer, before in zip(layers, outer, strict=True):
@@ -452,10 +466,25 @@ def load_lora(model: Any, directory: str | Path) -> Any:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: cannot be read as a safetensors file: {error}") from None
+    flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model = apply_lora(model, config)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+    try:
+        _fill(model, tensors, file)
+    except ValueError:  # leave the model as it was
+        for name, module in _adapters(model).items():
+            _replace(model, name, module.base_layer if isinstance(module, LoRALinear) else module.original)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        del model.lora_config
+        raise
+    return model
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    """Copy a file's tensors into the adapters: all of them, and no others."""
     wanted = _file_tensors(model)
     base = dict(model.named_parameters(remove_duplicate=False))
     for key in [key for key in tensors if key not in wanted]:  # PEFT adds the weights of a head that it adapts
@@ -465,13 +494,13 @@ def load_lora(model: Any, directory: str | Path) -> Any:
     for key in sorted(tensors.keys() ^ wanted.keys()):
         problem = "does not belong to this model and configuration" if key in tensors else "is missing"
         raise ValueError(f"{file}: tensor {key} {problem}; it has {len(tensors)} tensors, {len(wanted)} are needed")
+    for key, value in wanted.items():
+        if tensors[key].shape != value.shape:
+            shapes = f"{tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}"
+            raise ValueError(f"{file}: tensor {key} has shape {shapes} (another rank, or another base model?)")
     with torch.no_grad():
         for key, value in wanted.items():
-            if tensors[key].shape != value.shape:
-                shapes = f"{tuple(tensors[key].shape)}, the model needs {tuple(value.shape)}"
-                raise ValueError(f"{file}: tensor {key} has shape {shapes} (another rank, or another base model?)")
             value.copy_(tensors[key])
-    return model
 
 
 def read_lora_config(directory: str | Path) -> LoRAConfig:

@@ -243,7 +243,7 @@ def cosine_reward(
     return scores
 
 
-def repetition_penalty(
+def repetition_penalty_reward(
     prompts: Any, completions: Any, ngram_size: int = 3, max_penalty: float = -1.0, **columns: Any
 ) -> Rewards:
     """max_penalty · (1 - distinct n-grams / n-grams), over lower-case words; 0 for a text too short to hold one."""
@@ -282,7 +282,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "reasoning_steps": reasoning_steps_reward,
     "length": length_reward,
     "cosine": cosine_reward,
-    "repetition_penalty": repetition_penalty,
+    "repetition_penalty": repetition_penalty_reward,
     "soft_overlong_penalty": soft_overlong_penalty,
 }
 

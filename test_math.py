@@ -391,6 +391,16 @@ def test_the_normaliser_divides_and_is_at_least_one(loss_type):
     assert loss(0) == loss(1)
 
 
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_ratio_beyond_every_bound_gives_no_nan(loss_type, level):
+    for apart in (94.0, 1e4, -1e4):
+        logp = torch.full((1, 1), -1.0, requires_grad=True)
+        options = setting_of(loss_type, importance_sampling_level=level)
+        loss, _ = grpo_loss(logp, logp.detach() - apart, torch.ones(1), torch.ones(1, 1), **options)
+        assert loss.isfinite() and gradient(loss, logp).isfinite().all()
+
+
 def test_shapes_and_missing_settings_are_refused_by_name():
     logps, old, A, mask, ref = batch(8)
     refused = [
@@ -779,6 +789,11 @@ def test_a_lora_config_that_cannot_work_is_refused_in_one_line_that_says_what_wo
     assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)
 
 
+def test_rank_one_is_a_rank():
+    model, base, ids = toy(LoRAConfig(r=1))
+    assert model.up.lora_A.weight.shape == (1, 6) and not torch.equal(model(ids), base(ids))
+
+
 def test_adapters_are_float32_on_a_bf16_base_and_outputs_stay_bf16():
     model, base, ids = toy(LoRAConfig(r=2), dtype=torch.bfloat16)
     assert model.up.lora_A.weight.dtype == torch.float32 and model(ids).dtype == torch.bfloat16
@@ -816,7 +831,7 @@ def test_decimals_percent_separators_and_exponents_are_exact(n, places):
 @pytest.mark.parametrize(
     ("left", "right", "same"),
     [
-        ("1", "12345", False), ("2**3", "8", False), ("12", "1 2", False), ("1 1/2", "1.5", True), ("1 1/2", "11/2", False), ("0.1", "1/10", True),
+        (r"-\frac{-1}{2}", "1/2", True), (r"\frac{-1}{2}", "-0.5", True), (r"-\frac{1}{2}", "0.5", False), ("1", "12345", False), ("2**3", "8", False), ("12", "1 2", False), ("1 1/2", "1.5", True), ("1 1/2", "11/2", False), ("0.1", "1/10", True),
         ("0.3333", "1/3", False), ("50%", "0.5", True), ("50%", "50", False), (r"1\frac12", "3/2", True), ("$18", "18.", True),
         ("x = 5", "5", True), ("1/0", "1/0", True), ("1/0", "0", False), ("5²", "52", False), ("٣", "3", False), ("１", "1", False),
         ("\u200f18\u200e", "18", True), ("−3", "-3", True), ("12,34", "1234", False), ("A", "a", True), (r"\text{yes}", "Yes", True),
@@ -909,6 +924,8 @@ def test_reward_values_by_hand():
         max_len=100,
     )
     assert got == pytest.approx([1.0, 0.75, 0.5, -1.0])
+    got = score("cosine", wrong, wrong, answer=["1"] * 2, completion_ids=[[0] * 50, [0] * 200], max_len=100)
+    assert got == pytest.approx([-0.75, -0.5])
     assert score("repetition_penalty", "a b c d", "a b c a b c", "A b") == [0.0, pytest.approx(-0.25), 0.0]
     over = {"max_completion_len": 100, "soft_punish_cache": 20}
     lengths = [[0] * n for n in (80, 81, 90, 100, 101)]

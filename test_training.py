@@ -301,6 +301,41 @@ def test_scoring_changes_no_input():
         assert torch.equal(getattr(rollout, f.name), getattr(before, f.name))
 
 
+def test_a_failed_merge_leaves_nothing_merged_and_frozen_adapters_can_be_merged(monkeypatch):
+    model, (ids, _) = with_adapters(tiny_model()), prompts()
+    out, calls = model(ids).logits, []
+    original = LoRALinear.merged_weight
+
+    def third_fails(layer):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise MemoryError
+        return original(layer)
+
+    monkeypatch.setattr(LoRALinear, "merged_weight", third_fails)
+    with pytest.raises(MemoryError), lora_merged(model):
+        pass
+    assert torch.equal(model(ids).logits, out) and all(m.merged is None for m in calls)
+    model(ids).logits.sum().backward()
+    with lora_snapshot(model)(), lora_merged(model), torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, out, atol=1e-5, rtol=1e-5)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path):
+    save_lora(with_adapters(tiny_model(), r=2), tmp_path / "right")
+    save_lora(with_adapters(tiny_model(hidden_size=16)), tmp_path / "wrong")
+    model, (ids, _) = tiny_model(), prompts()
+    out, flags = model(ids).logits, [p.requires_grad for p in model.parameters()]
+    for refused in (
+        lambda: load_lora(model, tmp_path / "wrong"),
+        lambda: apply_lora(model, LoRAConfig(r=20, init_lora_weights="pissa", rank_pattern={"q_proj": 4})),
+    ):
+        with pytest.raises(ValueError):
+            refused()
+        assert torch.equal(model(ids).logits, out) and flags == [p.requires_grad for p in model.parameters()]
+    load_lora(model, tmp_path / "right")
+
+
 def test_masks_of_numbers_are_masks():
     model, (ids, mask) = with_adapters(tiny_model()), prompts()
     rollout = sample(model, ids, mask.long())
@@ -447,6 +482,7 @@ ADAPTERS = {
     "pissa": {"init_lora_weights": "pissa"},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*.up_proj": 3}},
     "saved": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]},
+    "saved among all": {"modules_to_save": ["mlp"]},  # all-linear then leaves out what is inside
     "nested": {"modules_to_save": ["mlp", "down_proj"], "target_modules": ["q_proj"]},
     "norms": {"modules_to_save": ["norm"], "target_modules": ["q_proj"]},  # PEFT's rule: every name that ends so
     "regex": {"target_modules": r".*\.1\..*_proj"},
@@ -456,7 +492,9 @@ ADAPTERS = {
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_saved_adapter_comes_back_to_the_bit_and_trainable(kind, tmp_path):
     model, ids = with_adapters(tiny_model(), **ADAPTERS[kind]), torch.randint(0, VOCAB, (2, 5))
+    tmp_path = tmp_path / "made" / "for it"
     save_lora(model, tmp_path)
+    save_lora(model, tmp_path)  # over itself
     again = load_lora(tiny_model(), tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == set(adapters_of(model))
@@ -496,9 +534,18 @@ def test_an_adapter_file_that_does_not_fit_is_refused_by_name(damage, words, tmp
     with pytest.raises(ValueError, match=words) as refusal:
         load_lora(tiny_model(), tmp_path)
     assert "\n" not in str(refusal.value)
+    save_lora(with_adapters(tiny_model()), tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="safetensors"):
         load_lora(tiny_model(), tmp_path)
+    for text, said in (
+        ("{", "cannot be read as JSON"),
+        ("[1]", "only 'LORA'"),
+        ('{"peft_type": "IA3"}', "only 'LORA'"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            load_lora(tiny_model(), tmp_path)
 
 
 def test_a_snapshot_is_the_policy_of_its_moment():
@@ -529,6 +576,11 @@ def test_models_that_cannot_be_right_are_refused():
     )
     with pytest.raises(ValueError, match="later tokens"):
         CausalLM(AutoModelForCausalLM.from_config(gemma))
+    bert = transformers.BertConfig(
+        hidden_size=8, intermediate_size=8, vocab_size=9, num_hidden_layers=1, num_attention_heads=1
+    )
+    with pytest.raises(ValueError, match="encoder, whose tokens see later ones"):
+        CausalLM(transformers.BertLMHeadModel(bert))
     with pytest.raises(ValueError, match="already carries"):
         apply_lora(with_adapters(tiny_model()), LoRAConfig())
     with pytest.raises(ValueError, match="no LoRA adapter"), lora_disabled(tiny_model()):
@@ -702,6 +754,35 @@ def test_chat_prompts_get_chat_completions_and_solution_serves_as_answer():
         return [0.0] * len(completions)
 
     update(trainer(reward=check, rows=rows))
+
+
+def test_each_row_is_graded_by_its_answer_or_its_solution():
+    rows = [{"prompt": "1+1=?", "answer": "2"}, {"prompt": "2+2=?", "solution": "4"}]
+    seen = {}
+    check = lambda answer, **columns: seen.update(answer=answer) or [0.0] * len(answer)
+    update(trainer(reward=check, rows=rows, prompts_per_step=2))
+    assert sorted(seen["answer"]) == ["2"] * 4 + ["4"] * 4
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
+    t = trainer()
+    before = adapters_of(t.model)
+    next(iter(t.params.values())).register_hook(lambda g: g * math.nan)
+    with pytest.raises(FloatingPointError, match="update 1"):
+        update(t)
+    assert all(torch.equal(before[name], p) for name, p in t.params.items())
+
+
+def test_what_rewards_log_is_a_mean_over_the_evaluation_and_must_fit():
+    def counts(completions, log_metric, log_extra, **columns):
+        log_metric("rows", torch.tensor(len(completions)))
+        log_extra("x", [1] * (len(completions) if columns.get("fits", True) else 1))
+        return [0.0] * len(completions)
+
+    t = trainer(reward=counts, eval_rows=ROWS[:5], prompts_per_step=1, num_generations=2)
+    assert t.evaluate()["eval_rows"] == pytest.approx((2 + 2 + 1) / 3)
+    with pytest.raises(RewardError, match="log_extra"):
+        update(trainer(reward=lambda **c: counts(c.pop("completions"), **c | {"fits": False})))
 
 
 async def slow_reward(completions, **columns):
@@ -932,12 +1013,14 @@ def test_resuming_without_a_checkpoint_starts_over_and_says_so(straight, tmp_pat
         ("num_generations", {"num_generations": 2}, {}),
         ("train data", {"rows": ROWS[:39]}, {}),
         ("rewards", {"reward": "format"}, {}),
+        ("base model", {"base": 1}, {}),
         ("lora.r", {}, {"r": 8}),
         ("lora.lora_alpha", {}, {"lora_alpha": 9}),
     ],
 )
 def test_resuming_another_run_is_refused_with_the_setting_named(straight, name, change, lora):
-    model = with_adapters(tiny_model(), **{"lora_dropout": 0.1, "random": False} | lora)
+    change = dict(change)
+    model = with_adapters(tiny_model(change.pop("base", 0)), **{"lora_dropout": 0.1, "random": False} | lora)
     t = trainer(model, output_dir=str(straight), resume=True, **{"max_steps": 6, "save_steps": 2} | change)
     with pytest.raises(ValueError, match=f"resume: {name}.* was "):
         t.train()
@@ -1039,7 +1122,8 @@ def test_the_command_line_trains_resumes_and_writes_what_it_says(model_dir, data
         (["--target_modules", "nope"], "nope"), (["--device", "cuda:77"], "device"), (["--max_completion_length", "60"], "data.jsonl:1"),
         (["--delta", "2", "--variant", "cispo"], "delta"), (["--rewards", ""], "at least one"), (["--adapter", "nowhere"], "nowhere"),
         (["--learning_rate", "nan"], "learning_rate"), (["--beta", "x"], "--beta: invalid float"), (["--use-vllm"], "vLLM"),
-        (["--loss_type", "gpro"], "grpo"), (["--r", "0"], "r = 0"), (["--num_iterations", "3"], "multiple"),
+        (["--loss_type", "gpro"], "grpo"), (["--r", "0"], "r = 0"), (["--lora_alpha", "nan"], "lora_alpha"), (["--adapter", "x", "--r", "64"], "--r"),
+        (["--target_modules", "*_proj"], "regular expression"), (["--rank_pattern", "[1]"], "rank_pattern"), (["--device", "meta"], "device"), (["--num_iterations", "3"], "multiple"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_line_and_exit_code_2(change, words, model_dir, data, tmp_path, monkeypatch, capsys):
@@ -1936,9 +2020,9 @@ GALLERY = [
     Bug(17, "base weights trainable", "microsoft/aurora#167", "lora.py",
         "    model.requires_grad_(False)\n", "    pass\n", "test_training_reaches_adapters_only_and_the_base_stays_bit_equal"),
     Bug(17, "merge and unmerge in place, which drifts", "huggingface/trl#6688", "lora.py",
-        "        try:\n            yield\n        finally:\n            for layer, before in",
-        "        try:\n            for layer in layers:\n                layer.base_layer.weight.data += layer.merged.data - layer.base_layer.weight\n"
-        "            yield\n        finally:\n            for layer, before in",
+        "hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)\n            yield\n",
+        "hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)\n"
+        "                layer.base_layer.weight.data += layer.merged.data - layer.base_layer.weight\n            yield\n",
         "test_merging_a_thousand_times_leaves_every_bit_of_the_base"),
     Bug(18, "adapter-off not restored after an exception", "huggingface/peft#367", "lora.py",
         RESTORE, RESTORE.replace("    try:\n        yield\n    finally:\n    ", "    yield\n    if True:\n    "),
