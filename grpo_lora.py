@@ -78,17 +78,17 @@ class Variant(NamedTuple):
 _SEQUENCE = {"importance_sampling_level": "sequence"}
 # fmt: off
 VARIANTS = {
-    "grpo": Variant({"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}, "Shao et al. 2024, eq. 3"),
-    "dr_grpo": Variant({"loss_type": "dr_grpo", "scale_rewards": "none"}, "Liu et al. 2025, R1-Zero, section 3.2"),
-    "dapo": Variant({"loss_type": "dapo", "epsilon_high": 0.28}, "Yu et al. 2025, DAPO, eq. 8"),
-    "gspo": Variant({"loss_type": "grpo", **_SEQUENCE, "epsilon": 3e-4, "epsilon_high": 4e-4}, "Zheng et al. 2025, GSPO"),
-    "cispo": Variant({"loss_type": "cispo", "epsilon_high": 5.0}, "MiniMax 2025, M1, eq. 4; cap from ScaleRL, 2025"),
-    "sapo": Variant({"loss_type": "sapo"}, "Gao et al. 2025, Soft Adaptive Policy Optimization, eq. 6"),
-    "luspo": Variant({"loss_type": "luspo", **_SEQUENCE, "epsilon": 2e-3, "epsilon_high": 2.5e-3}, "Liu et al. 2026, LUSPO"),
-    "vespo": Variant({"loss_type": "vespo"}, "Shen et al. 2026, VESPO"),
-    "gdpo": Variant({"multi_objective_aggregation": "normalize_then_sum"}, "Liu et al. 2026, GDPO"),
-    "lite_ppo": Variant({"loss_type": "dapo", "scale_rewards": "batch"}, "Liu et al. 2025, Tricks or Traps, section 5"),
-    "top_entropy": Variant({"top_entropy_quantile": 0.2}, "Wang et al. 2025, Beyond the 80/20 Rule, eq. 4"),
+    "grpo": Variant({"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}, "DeepSeekMath, arXiv 2402.03300"),
+    "dr_grpo": Variant({"loss_type": "dr_grpo", "scale_rewards": "none"}, "Dr. GRPO, arXiv 2503.20783"),
+    "dapo": Variant({"loss_type": "dapo", "epsilon_high": 0.28}, "DAPO, arXiv 2503.14476"),
+    "gspo": Variant({"loss_type": "grpo", **_SEQUENCE, "epsilon": 3e-4, "epsilon_high": 4e-4}, "GSPO, arXiv 2507.18071, 5.1"),
+    "cispo": Variant({"loss_type": "cispo", "epsilon_high": 5.0}, "MiniMax-M1, arXiv 2506.13585; cap: 2510.13786"),
+    "sapo": Variant({"loss_type": "sapo"}, "Soft Adaptive Policy Optimization, arXiv 2511.20347"),
+    "luspo": Variant({"loss_type": "luspo", **_SEQUENCE, "epsilon": 2e-3, "epsilon_high": 2.5e-3}, "arXiv 2602.05261, 5.1"),
+    "vespo": Variant({"loss_type": "vespo"}, "VESPO, arXiv 2602.10693"),
+    "gdpo": Variant({"multi_objective_aggregation": "normalize_then_sum"}, "GDPO, arXiv 2601.05242"),
+    "lite_ppo": Variant({"loss_type": "dapo", "scale_rewards": "batch"}, "PPO Lite, arXiv 2508.08221"),
+    "top_entropy": Variant({"top_entropy_quantile": 0.2}, "Beyond the 80/20 Rule, arXiv 2506.01939"),
 }
 # fmt: on
 
@@ -259,7 +259,7 @@ def multi_objective_advantages(
 ) -> Tensor:
     """Advantages from several reward functions.    rewards: (P, G, K), weights: (K,) -> (P, G)
 
-    sum_then_normalize: group_advantages(Σ_k w_k r_k). normalize_then_sum (GDPO, Liu et al. 2026): each function's rewards
+    sum_then_normalize: group_advantages(Σ_k w_k r_k). normalize_then_sum (GDPO, arXiv 2601.05242): each function's rewards
     are normalised within the group, summed by weight, then centred and scaled over the batch.
     """
     if aggregation == "sum_then_normalize":
@@ -510,8 +510,8 @@ class CausalLM:
     def hidden(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
         """Hidden states of `ids` (B, t) -> (B, t, H). mask: (B, past + t), False where padding is.
 
-        Positions are counted over the mask: with left padding they would otherwise start too late (in GPT-2, outputs
-        off by 0.3; rotary models hide it).
+        Positions are counted over the mask: with left padding they would otherwise start too late (wrong for
+        learned positions, as in GPT-2; rotary models hide it).
         """
         kwargs: dict[str, Any] = {"use_cache": cache is not None, "attention_mask": mask.long()}
         if cache is not None:

@@ -325,7 +325,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     """Within it each adapted layer is one dense product with W + s·B A, which is faster when nothing is learnt.
 
     The base weights are not touched, so nothing has to be undone: an in-place merge moves tied embeddings along and
-    drifts by rounding (by 0.016 after 100 cycles in bf16). RuntimeError from a backward pass inside, or through what
+    drifts by rounding in bf16. RuntimeError from a backward pass inside, or through what
     was computed inside: its gradient would miss the adapter.
     """
 
