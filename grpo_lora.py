@@ -13,9 +13,11 @@ off-policy masking, router losses, learned reward models. (TRL and verl have the
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -25,16 +27,19 @@ import platform
 import shutil
 import signal
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -160,6 +165,12 @@ class GRPOConfig:
     weight_decay: float = _setting(0.0, "AdamW's.")
     max_grad_norm: float = _setting(1.0, "Gradients are scaled down to this norm.")
     gradient_checkpointing: bool = _setting(False, "Recompute activations in backward: less memory, more time.")
+    fsdp: bool = _setting(
+        False, "Spread the frozen weights over the processes (FSDP2), for a base too big for one device."
+    )
+    # faults and processes
+    reward_timeout: float = _setting(600.0, "Seconds that a reward function may take for a batch.")
+    ddp_timeout: float = _setting(1800.0, "Seconds that one process waits for the others (torchrun).")
     # the record
     eval_steps: int | None = _setting(None, "Evaluate every so many updates, besides before and after.")
     save_steps: int = _setting(50, "Checkpoint every so many updates, and at the end. 0: never.")
@@ -177,6 +188,7 @@ class GRPOConfig:
         }
         above_0 = "temperature max_grad_norm sapo_temperature_pos sapo_temperature_neg epsilon_high delta"
         above_0 += " top_entropy_quantile eval_steps save_total_limit modules_to_save_learning_rate"
+        above_0 += " reward_timeout ddp_timeout"
         why = {
             "num_generations": " (an advantage compares completions of one prompt)",
             "temperature": " (greedy sampling gives a group of equal completions)",
@@ -473,6 +485,7 @@ class CausalLM:
         if self.takes_cache:  # recurrent states cannot be repeated or dropped row by row, keys and values can
             kinds = {type(layer) for layer in DynamicCache(config=self.core.config).layers}
             self.takes_cache = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        self.sharded = hasattr(self.decoder, "unshard")  # FSDP: all processes must make the same number of forwards
 
     def _first_called(self) -> nn.Module:
         """The submodule that the model's forward calls first: its decoder, whatever the family calls it."""
@@ -661,6 +674,8 @@ def _decode(
             if cache is not None:
                 cache.batch_select_indices(going.nonzero().squeeze(1))
         hidden = lm.hidden(context if cache is None else context[:, -1:], seen, cache)[:, -1]
+    for _ in range(t + 1, steps if lm.sharded else 0):  # the other processes may still be writing
+        lm.hidden(prompt_ids[:1], prompt_mask[:1])
     return ids[:, : t + 1], logps[:, : t + 1].to(log_probs.dtype)
 
 
@@ -734,9 +749,14 @@ def completion_logps(
             hidden = lm.hidden(prompt, prompt_mask, cache)[:, -1:].repeat_interleave(
                 G, dim=0
             )  # predicts the first token
+            if lm.sharded and not inputs.shape[1]:  # as many forwards, and backwards, as where rows are longer
+                inputs, seen = (
+                    rollout.completion_ids[block.start * G : block.stop * G],
+                    nn.functional.pad(seen, (0, 1), value=True),
+                )
             if inputs.shape[1]:
                 cache.batch_repeat_interleave(G)
-                hidden = torch.cat([hidden, lm.hidden(inputs, seen, cache)], dim=1)
+                hidden = torch.cat([hidden, lm.hidden(inputs, seen, cache)], dim=1)[:, : mask.shape[1]]
         else:
             whole = torch.cat([prompt.repeat_interleave(G, dim=0), inputs], dim=1)
             hidden = lm.hidden(whole, seen)[:, prompt.shape[1] - 1 :]
@@ -804,6 +824,11 @@ class GRPOTrainer:
         names = [getattr(f, "__name__", type(f).__name__) for f in self.reward_funcs]
         self.reward_names = [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
         self.reward_weights = torch.tensor(reward_weights(args, self.reward_funcs), dtype=torch.float64)
+        self.rank, self.world = rank_and_world()
+        if args.prompts_per_step % self.world:
+            raise ValueError(
+                f"prompts_per_step = {args.prompts_per_step}: must be a multiple of the {self.world} processes"
+            )
         self.model: Any = model
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
         lm = CausalLM(model)  # refuses models that it cannot be right for
@@ -826,13 +851,18 @@ class GRPOTrainer:
         if dropout and args.num_iterations > 1:
             raise ValueError("lora_dropout with num_iterations > 1: old and new log-probs would differ by it; use 0")
         self.reference = reference or default_reference(model)
+        self.base_fingerprint = fingerprint(p for p in model.named_parameters() if not p[1].requires_grad)
         if args.gradient_checkpointing:
             lm.core.activation_checkpointing_enable({"use_reentrant": False})
+        if args.fsdp:
+            shard_base(model)
+        same_on_all(self.params.values())
         groups = param_groups(model, args.learning_rate, args.lora_plus_ratio, args.modules_to_save_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
         dense = [m.base_layer.weight.dtype for m in model.modules() if isinstance(m, LoRALinear)]
         self.merges = bool(dense) and min(torch.finfo(d).bits for d in dense) >= 32  # half precision would round
+        self.merges &= not args.fsdp
         self.objective = {
             name: getattr(args, name) for name in inspect.signature(grpo_loss).parameters if hasattr(args, name)
         }
@@ -848,14 +878,14 @@ class GRPOTrainer:
         """GRPO, in full: one batch of prompts, and the num_iterations optimiser updates made with it. Returns metrics."""
         args, means = self.args, WeightedMeans()
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
-        rewards, samples = self.score(rows, rollout)  # (P, G, K)
+        rewards, samples = self.score(rows, rollout)  # (P, G, K), of all processes
         advantages = multi_objective_advantages(
             rewards, self.reward_weights, aggregation=args.multi_objective_aggregation, scale=args.scale_rewards
         )  # (P, G)
         if args.mask_truncated_completions:
             rollout.completion_mask = rollout.completion_mask & self.ended(rollout).unsqueeze(1)
         per_token = AGGREGATION[args.loss_type] == "token"
-        normalizer = int(rollout.completion_mask.sum()) if per_token else len(rollout.completion_mask)
+        normalizer = sum(gather(int(rollout.completion_mask.sum()) if per_token else len(rollout.completion_mask)))
         micro_batches = self.micro_batches(rollout, advantages.to(rollout.logps))
 
         for _ in range(args.num_iterations):
@@ -868,9 +898,12 @@ class GRPOTrainer:
                 mask = batch.rollout.completion_mask
                 with adapter_dropout(self.model):
                     logps, entropies = completion_logps(self.model, batch.rollout, temperature=args.temperature)
+                old_logps = (
+                    logps.detach() if batch.old_logps is None else batch.old_logps
+                )  # the former: a ratio of exactly 1
                 loss, stats = grpo_loss(
                     logps,
-                    logps.detach() if batch.old_logps is None else batch.old_logps,  # the former: a ratio of exactly 1
+                    old_logps,
                     batch.advantages,
                     mask,
                     ref_logps=batch.ref_logps,
@@ -880,25 +913,34 @@ class GRPOTrainer:
                 )
                 loss.backward()
                 total += loss.item()
-                gap = (logps.detach() - batch.rollout.logps).abs()[mask]
+                gap = (old_logps - batch.rollout.logps).abs()[mask]
                 stats |= {"entropy": entropies[mask].mean().item(), GAP: gap.mean().item()}
                 means.add(int(mask.sum()), **stats)
-            grad_norm = nn.utils.clip_grad_norm_(self.params.values(), args.max_grad_norm).item()
-            if not math.isfinite(grad_norm):
-                raise FloatingPointError(f"update {self.step + 1}: the gradient is {grad_norm}, and no step was taken")
+            total, grad_norm = self.reduce_and_clip(total)
+            finite = math.isfinite(total) and math.isfinite(grad_norm)
+            if finite:
+                self.optimizer.step()
             means.add(1, loss=total, grad_norm=grad_norm, learning_rate=self.scheduler.get_last_lr()[0])
-            self.optimizer.step()
+            means.add(1, skipped_updates=not finite)
             self.scheduler.step()
-        self.tokens += int(rollout.prompt_mask.sum()) * rollout.num_generations + sum(s["length"] for s in samples)
+        self.tokens += sum(s["prompt_length"] + s["length"] for s in samples)
         return {"num_tokens": self.tokens, **self.summarize(samples, rewards, advantages), **means.result()}
 
     def sample(self, rows: Sequence[dict[str, Any]], num_generations: int) -> Rollout:
-        """Completions from the policy as it is. Adapters are merged into dense weights meanwhile, where that is exact."""
+        """Completions from the policy as it is. Adapters are merged into dense weights meanwhile, where that is exact.
+
+        Of the draws each process takes those of its own rows, so that what is sampled does not depend on their number.
+        """
         prompts = [torch.tensor(encode_prompt(row["prompt"], self.tokenizer, self.args.system_prompt)) for row in rows]
         flipped = pad_sequence([p.flip(0) for p in prompts], batch_first=True, padding_value=-1)
         ids = flipped.flip(1).to(next(iter(self.params.values())).device)  # (P, L), -1 on the left
+        skip = lambda processes: torch.rand(  # as many draws as so many processes would make
+            processes * len(rows) * num_generations, self.args.max_completion_length, generator=self.generator,
+            dtype=torch.float64,
+        )  # fmt: skip
+        skip(self.rank)
         with lora_merged(self.model) if self.merges else contextlib.nullcontext():
-            return generate(
+            rollout = generate(
                 self.model,
                 ids.masked_fill(ids < 0, self.pad_token_id),
                 ids >= 0,
@@ -909,9 +951,14 @@ class GRPOTrainer:
                 pad_token_id=self.pad_token_id,
                 generator=self.generator,
             )
+        skip(self.world - 1 - self.rank)
+        return rollout
 
     def score(self, rows: Sequence[dict[str, Any]], rollout: Rollout) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Every reward function on every completion: (P, G, K) float64, NaN for None; and a record of each completion."""
+        """Every reward function on every completion: (P, G, K) float64, NaN for None; and a record of each completion.
+
+        Each process scores its own; what is returned is of all processes.
+        """
         G = rollout.num_generations
         rows = [row for row in rows for _ in range(G)]  # each row G times, as the completions lie; not all rows G times
         ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
@@ -933,19 +980,21 @@ class GRPOTrainer:
             "log_extra": extra.__setitem__,
             "log_metric": lambda n, value: self.reward_metrics.add(1, **{n: value}),
         }
-        scores = [call_reward(f, len(rows), columns) for f in self.reward_funcs]
+        scores = [call_reward(f, len(rows), columns, self.args.reward_timeout) for f in self.reward_funcs]
         for name, values in extra.items():
             if len(values) != len(rows):
                 raise RewardError(f"log_extra({name!r}): {len(values)} values for {len(rows)} completions")
-        ended = self.ended(rollout).tolist()
+        ended, prompt_lengths = self.ended(rollout).tolist(), rollout.prompt_mask.sum(dim=1).tolist()
         samples = [
             {"prompt": prompts[i], "completion": texts[i], "length": len(ids[i]), "ended": ended[i]}
+            | {"prompt_length": prompt_lengths[i // G]}
             | {f"rewards/{name}": score[i] for name, score in zip(self.reward_names, scores, strict=True)}
             | {name: values[i] for name, values in extra.items()}
             for i in range(len(rows))
         ]
-        by_function = torch.tensor([[math.nan if r is None else r for r in s] for s in scores], dtype=torch.float64)
-        return by_function.T.reshape(-1, G, len(scores)), samples
+        by_row = [[math.nan if r is None else r for r in row] for row in zip(*scores, strict=True)]
+        everywhere = torch.tensor([row for part in gather(by_row) for row in part], dtype=torch.float64)
+        return everywhere.view(-1, G, len(scores)), [sample for part in gather(samples) for sample in part]
 
     def ended(self, rollout: Rollout) -> Tensor:
         """(B,) bool: which rows chose an EOS, rather than being cut off."""
@@ -954,12 +1003,12 @@ class GRPOTrainer:
 
     @torch.no_grad()
     def micro_batches(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
-        """Whole groups, sorted by length to save padding, with their old and reference log-probs where these are needed.
-
-        A group without advantage has no gradient, and needs no forward, unless something else looks at it.
+        """This process's groups, whole, sorted by length to save padding, with their old and reference log-probs where
+        these are needed. A group without advantage has no gradient, and needs no forward, unless something else looks at it.
         """
-        args, G = self.args, rollout.num_generations
-        everything = args.beta or args.top_entropy_quantile < 1
+        args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
+        advantages = advantages[self.rank * P :][:P]
+        everything = args.beta or args.top_entropy_quantile < 1 or args.fsdp  # FSDP: as many forwards on each process
         groups = [p for p in range(len(advantages)) if everything or advantages[p].any()]
         lengths = rollout.completion_mask.sum(dim=1).view(-1, G).amax(dim=1).tolist()
         groups.sort(key=lambda p: lengths[p])
@@ -981,44 +1030,74 @@ class GRPOTrainer:
         with evaluating(self.model):
             temperature = self.args.temperature
             entropies = [completion_logps(self.model, b.rollout, temperature=temperature)[1] for b in batches]
-        seen = torch.cat([e[b.rollout.completion_mask] for e, b in zip(entropies, batches, strict=True)])
+        own = [x for e, b in zip(entropies, batches, strict=True) for x in e[b.rollout.completion_mask].tolist()]
+        seen = torch.tensor([x for part in gather(own) for x in part], dtype=torch.float64)
         threshold = seen.quantile(1 - self.args.top_entropy_quantile) if len(seen) else math.inf
         for batch, entropy in zip(batches, entropies, strict=True):
             batch.policy_mask = entropy >= threshold
+
+    def reduce_and_clip(self, loss: float) -> tuple[float, float]:
+        """Sum loss and gradients over the processes, in one all-reduce, and clip. Returns the loss and the norm before."""
+        gradients: list[Any] = [p.grad for p in self.params.values()]
+        if self.world > 1:
+            dtype = functools.reduce(torch.promote_types, [g.dtype for g in gradients], torch.float32)
+            flat = torch.cat(
+                [gradients[0].new_tensor([loss], dtype=dtype), *(g.flatten().to(dtype) for g in gradients)]
+            )
+            with peers_answer():
+                dist.all_reduce(flat)
+            loss = flat[0].item()
+            for gradient, summed in zip(gradients, flat[1:].split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        return loss, nn.utils.clip_grad_norm_(self.params.values(), self.args.max_grad_norm).item()
 
     # ---- running
 
     def train(self) -> dict[str, Any]:
         """Run to max_steps, or until `stop` is set. Returns the last metrics. Writes the run's files if output_dir is set."""
-        args, metrics = self.args, dict[str, Any]()
-        check_output_dir(args)
+        args, metrics, skipped = self.args, dict[str, Any](), 0
+        if self.rank == 0:
+            check_output_dir(args)
         if args.resume:
             self.step = load_checkpoint(self)
-        record = RunRecord(args.output_dir, keep_to=self.step if args.resume else None)
+        record = RunRecord(args.output_dir if self.rank == 0 else None, keep_to=self.step if args.resume else None)
+        watch = EarlyWarnings(record.history)
         if self.eval_dataset and self.step == 0:
             record.write({"step": 0, **self.evaluate()}, self.samples[: args.num_completions_to_log])
-        bar = tqdm(total=args.max_steps, initial=self.step, desc="GRPO", unit="update", disable=None)
+        off = None if self.rank == 0 else True  # None: off where there is no terminal
+        bar = tqdm(total=args.max_steps, initial=self.step, desc="GRPO", unit="update", disable=off)
         while self.step < args.max_steps and not self.stop:
             started, index = time.perf_counter(), self.step // args.num_iterations
             self.seed("update", index)
-            metrics = self.update(self.batch(index))
-            if self.step == 0 and metrics["grad_norm"] > 0:
-                self._name_idle_adapters()
+            with memory_advice():
+                metrics = self.update(self.batch(index))
             self.step += args.num_iterations
             epoch = (index + 1) * args.prompts_per_step / len(self.train_dataset)
             metrics = {"step": self.step, "epoch": epoch, **metrics, "step_time": time.perf_counter() - started}
+            warnings = watch.check(metrics | {"idle": self.idle_adapters()})
             samples, done = self.samples[: args.num_completions_to_log], self.step >= args.max_steps
             if self.eval_dataset and (done or self._due(args.eval_steps)):
                 metrics |= self.evaluate()
                 samples += self.samples[: args.num_completions_to_log]
-            record.write(metrics, samples)
+            record.write(metrics | ({"warnings": warnings} if warnings else {}), samples)
             bar.update(args.num_iterations)
             bar.set_postfix_str(f"reward {metrics['reward']:.3f}, length {metrics['completions/mean_length']:.0f}")
-            if args.output_dir and (self.stop or (args.save_steps and (done or self._due(args.save_steps)))):
+            for text in warnings if self.rank == 0 else ():
+                bar.write(f"warning: update {self.step}: {text}", file=sys.stderr)
+            self.stop = any(gather(self.stop))  # all processes stop at the same update
+            skipped = skipped + 1 if metrics["skipped_updates"] == 1 else 0
+            broken = skipped >= MAX_SKIPPED
+            saving = self.stop or broken or (args.save_steps and (done or self._due(args.save_steps)))
+            if args.output_dir and saving and self.rank == 0 and self.finite():
                 record.sync()
                 save_checkpoint(self)
+            if broken:
+                raise FloatingPointError(
+                    f"update {self.step}: {skipped} updates in a row had a loss or gradient that is not finite, and were "
+                    f"skipped; lower learning_rate (now {args.learning_rate}), or go on from an earlier checkpoint"
+                )
         bar.close()
-        if args.output_dir:
+        if args.output_dir and self.rank == 0:
             save_policy(self.model, Path(args.output_dir) / "adapter")
         return metrics
 
@@ -1034,9 +1113,10 @@ class GRPOTrainer:
         size, rewards, samples = self.args.prompts_per_step * self.args.num_generations, [], []
         for start in range(0, len(data), size):
             rows = [data[i] for i in range(start, min(start + size, len(data)))]
-            scores, some = self.score(rows, self.sample(rows, 1))
-            rewards.append(scores)
-            samples += some
+            mine = self.share(rows)
+            scores, some = self.score(mine, self.sample(mine, 1))
+            rewards.append(scores[: len(rows)])
+            samples += some[: len(rows)]
         metrics = self.summarize(samples, torch.cat(rewards))
         texts = [sample["completion"] for sample in samples]
         metrics["think_rate"] = sum("<think>" in text for text in texts) / len(texts)
@@ -1048,26 +1128,32 @@ class GRPOTrainer:
         return {f"eval_{key}": value for key, value in metrics.items()}
 
     def batch(self, index: int) -> list[dict[str, Any]]:
-        """The prompts of optimiser batch `index`: a new permutation each epoch, and a function of the seed alone."""
+        """This process's prompts of optimiser batch `index`: a new permutation each epoch, a function of the seed alone."""
         n, size, rows = len(self.train_dataset), self.args.prompts_per_step, []
         for position in range(index * size, (index + 1) * size):
             order = torch.randperm(n, generator=torch.Generator().manual_seed(self.args.seed + position // n))
             rows.append(self.train_dataset[int(order[position % n])])
-        return rows
+        return self.share(rows)
+
+    def share(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """This process's part of some rows: as many for each, the last row being repeated where they do not divide."""
+        each = -(-len(rows) // self.world)
+        padded = rows + rows[-1:] * (each * self.world - len(rows))
+        return padded[self.rank * each :][:each]
 
     def seed(self, *what: Any) -> None:
         """Reseed everything from the run's seed and `what`: an update's randomness follows from its number, so that a
         resumed run goes on as the run would have."""
         digest = hashlib.sha256(repr((self.args.seed, *what)).encode()).digest()
-        transformers.set_seed(int.from_bytes(digest[:4], "big"))
+        transformers.set_seed((int.from_bytes(digest[:4], "big") + self.rank) % 2**32)
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[4:8], "big"))
 
-    def _name_idle_adapters(self) -> None:
-        """After the first update each B has a gradient, unless the model reads its layer's weight past the adapter."""
-        idle = [name for name, p in self.params.items() if "lora_B" in name and not p.grad.any()]  # type: ignore[union-attr]
-        if idle:
-            some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
-            print(f"warning: no gradient reaches {some}: leave these layers out of target_modules", file=sys.stderr)
+    def idle_adapters(self) -> list[str]:
+        """Adapters that do nothing so far: B is 0. Some families read a layer's weight past its adapter (Mamba's dt_proj)."""
+        return [name for name, p in self.params.items() if "lora_B" in name and not p.any()]
+
+    def finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.params.values())
 
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.step // every > (self.step - self.args.num_iterations) // every  # type: ignore[operator]
@@ -1111,7 +1197,13 @@ class WeightedMeans:
             total[1] += weight
 
     def result(self) -> dict[str, float]:
-        return {name: total / weight for name, (total, weight) in self.sums.items()}
+        """Over all processes."""
+        everywhere: dict[str, list[float]] = {}
+        for sums in gather(self.sums):
+            for name, (total, weight) in sums.items():
+                before = everywhere.get(name, [0.0, 0.0])
+                everywhere[name] = [before[0] + total, before[1] + weight]
+        return {name: total / weight for name, (total, weight) in everywhere.items()}
 
 
 @contextmanager
@@ -1148,14 +1240,19 @@ def reward_weights(args: GRPOConfig, funcs: Sequence[Any]) -> list[float]:
     return list(weights)
 
 
-def call_reward(function: Callable[..., Any], count: int, columns: dict[str, Any]) -> list[float | None]:
+def call_reward(
+    function: Callable[..., Any], count: int, columns: dict[str, Any], seconds: float
+) -> list[float | None]:
     """Call one reward function, async or not, and check what it returns. RewardError if that cannot be used."""
     name = getattr(function, "__name__", type(function).__name__)
     try:
-        scores = function(**columns)
-        if inspect.isawaitable(scores):
-            scores = asyncio.run(_wait_for(scores))
+        with time_limit(seconds, f"reward {name}"):
+            scores = function(**columns)
+            if inspect.isawaitable(scores):
+                scores = wait_for(scores)
         scores = [None if score is None else float(score) for score in scores]
+    except TimeIsUp:
+        raise RewardError(f"reward {name} took longer than reward_timeout = {seconds:g} s") from None
     except Exception as error:
         raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
     if len(scores) != count:
@@ -1165,8 +1262,145 @@ def call_reward(function: Callable[..., Any], count: int, columns: dict[str, Any
     return [None if score is None or math.isnan(score) else score for score in scores]
 
 
-async def _wait_for(awaitable: Any) -> Any:
-    return await awaitable
+class TimeIsUp(BaseException):
+    """Not an Exception, so that no `except Exception` in a reward function swallows it."""
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """TimeIsUp after so many seconds, in the main thread. In another one, where no signal can raise it, the process ends
+    with one line that says what hung; the run can be resumed from its newest checkpoint."""
+
+    def raise_it(*_: Any) -> None:
+        raise TimeIsUp
+
+    def end_it() -> None:
+        print(f"error: {what} took longer than {seconds:g} s", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGALRM, raise_it)
+        timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # and again each second, if it was swallowed
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+            signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+    else:
+        watchdog = threading.Timer(seconds, end_it)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
+
+
+def wait_for(awaitable: Any) -> Any:
+    """The result of an awaitable; in a thread of its own where an event loop already runs (a notebook's)."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    return concurrent.futures.ThreadPoolExecutor(1).submit(asyncio.run, wait()).result()
+
+
+@contextmanager
+def memory_advice() -> Iterator[None]:
+    """MemoryError, naming the settings that need less, for whatever torch raises when memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise MemoryError(
+                "out of memory: lower per_device_train_batch_size (it changes no gradient), then max_completion_length or "
+                "num_generations; gradient_checkpointing and --dtype bfloat16 need less too"
+            ) from error
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------ early warnings
+
+MAX_SKIPPED = 3  # updates in a row whose gradient is not finite, before the run ends
+WARNINGS = {  # what is said of a metric that looks wrong: what it means, and what to change
+    "frac_reward_zero_std": "in most groups all completions get one reward, and teach nothing; choose problems that are "
+    "neither too easy nor too hard, or grade finer",
+    "reward": "no higher than at first; is learning_rate high enough (an adapter needs about ten times the rate of full "
+    "training), and does the reward tell completions apart?",
+    "kl": "doubled within five updates: the policy runs away from its reference; lower learning_rate or raise beta",
+    "entropy/first": "the policy hardly explores any more; lower learning_rate or raise epsilon_high",
+    "completions/clipped_ratio": "most completions are cut off; raise max_completion_length or ask for shorter answers",
+    "clip_ratio/region_mean": "so many tokens have no gradient left; lower learning_rate or num_iterations",
+    "grad_norm": "nothing is learnt; do rewards differ within a group, and does anything require gradients?",
+    "grad_norm/usual": "the gradient has jumped; lower learning_rate",
+    "skipped_updates": "the loss or gradient was not finite, and no step was taken; lower learning_rate",
+    "adapters at zero": "B does not move, so nothing is learnt there; leave these layers out of target_modules (some "
+    "families read a layer's weight past its adapter), or raise learning_rate",
+    GAP: "completions are not sampled from the policy that is scored; use float32, and look for what differs between the two",
+}
+
+
+class EarlyWarnings:
+    """Plain words when the metrics say that a run goes wrong, each once. The thresholds are rules of thumb.
+
+    history: the metrics of a run that is resumed, so that it says what the unbroken run would.
+    """
+
+    def __init__(self, history: Sequence[dict[str, Any]] = ()) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.said: set[str] = set()
+        for row in history:
+            self.check(row)
+
+    def check(self, row: dict[str, Any]) -> list[str]:
+        """Take in an update's metrics; return what there is to say now."""
+        self.rows.append(row := json.loads(to_json(row)))  # as it will be read back
+        self.said |= {text.partition(" is ")[0] for text in row.get("warnings", ())}
+        signs = {name: value for name, value in self.signs().items() if name not in self.said}
+        self.said |= signs.keys()
+        return [
+            f"{name} is {value if isinstance(value, str) else format(value, '.3g')}: {WARNINGS[name]}"
+            for name, value in signs.items()
+        ]
+
+    def signs(self) -> dict[str, Any]:
+        """The metrics that look wrong now, and their values."""
+        n, now = len(self.rows), self.rows[-1]
+        kl, kl_before = self.mean("kl", n - 5), self.mean("kl", n - 10)
+        entropy = self.mean("entropy", n - 5) / (self.mean("entropy", 0) or math.nan)
+        norms = sorted(row["grad_norm"] or 0.0 for row in self.rows[-10:])
+        jump = (now["grad_norm"] or 0.0) / (norms[len(norms) // 2] or math.nan)
+        idle = [name for name in now.get("idle", ()) if sum(bool(row["grad_norm"]) for row in self.rows) >= 3]
+        looks_wrong = {
+            "frac_reward_zero_std": (x := self.mean("frac_reward_zero_std", n - 5), x > 0.7 and not self.learnt()),
+            "reward": (now["reward"], n >= 40 and not self.learnt()),
+            "kl": (kl, kl > 0.2 and kl > 2 * kl_before),
+            "entropy/first": (entropy, n >= 10 and entropy < 0.05),
+            "completions/clipped_ratio": (x := self.mean("completions/clipped_ratio", n - 5), x > 0.5),
+            "clip_ratio/region_mean": (x := self.mean("clip_ratio/region_mean", n - 5), x > 0.2),
+            "grad_norm": (0.0, self.mean("grad_norm", n - 5) == 0 and not self.learnt()),
+            "grad_norm/usual": (jump, n >= 10 and jump > 30),
+            "skipped_updates": (now["skipped_updates"], now["skipped_updates"] > 0),
+            "adapters at zero": (", ".join(idle[:3]) + f" ({len(idle)} in all)", bool(idle)),
+            GAP: (x := self.mean(GAP, n - 5), x > 0.1),
+        }
+        return {name: value for name, (value, wrong) in looks_wrong.items() if wrong}
+
+    def mean(self, name: str, start: int) -> float:
+        """Over five updates; NaN, which is neither above nor below anything, where the metric is missing."""
+        values = [row.get(name) for row in self.rows[start : start + 5]] if start >= 0 else []
+        return math.nan if len(values) < 5 or None in values else sum(values) / 5  # type: ignore[arg-type]
+
+    def learnt(self) -> bool:
+        """Whether the reward is above that of the first updates by more than two standard errors."""
+        size = min(20, len(self.rows) // 2)
+        rewards = torch.tensor([row["reward"] or 0.0 for row in self.rows])
+        first, last = rewards[:size], rewards[-size:]
+        return bool(last.mean() - first.mean() > 2 * ((first.var() + last.var()) / size).sqrt())
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -1303,6 +1537,7 @@ class RunRecord:
 
     def __init__(self, output_dir: str | None, keep_to: int | None) -> None:
         self.files: list[Any] = []
+        self.history: list[dict[str, Any]] = []  # metrics of the updates before the one that is resumed
         if output_dir is None:
             return
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -1313,6 +1548,8 @@ class RunRecord:
                 scratch = path.with_suffix(".tmp")
                 scratch.write_bytes(b"".join(line + b"\n" for line in kept))
                 os.replace(scratch, path)
+                if name == "metrics.jsonl":
+                    self.history = [row for row in map(json.loads, kept) if row["step"]]
             self.files.append(open(path, "a", encoding="utf-8"))  # noqa: SIM115 - open as long as the run is
 
     def write(self, metrics: dict[str, Any], samples: Iterable[dict[str, Any]] = ()) -> None:
@@ -1350,12 +1587,16 @@ def _identity(trainer: GRPOTrainer) -> dict[str, Any]:
     lora = getattr(trainer.model, "lora_config", None)
     adapter = {f"lora.{k}": v for k, v in dataclasses.asdict(lora).items()} if isinstance(lora, LoRAConfig) else {}
     shapes = {name: list(p.shape) for name, p in trainer.params.items()}
-    base = hashlib.sha256()
-    for name, p in trainer.model.named_parameters():
-        if not p.requires_grad:  # a sample of each frozen tensor tells base models apart, and their dtypes
-            base.update(f"{name} {p.dtype} {p.detach().flatten()[:: p.numel() // 32 + 1].tolist()}".encode())
-    same = {"rewards": trainer.reward_names, "train data": data.hexdigest(), "base model": base.hexdigest()}
+    same = {"rewards": trainer.reward_names, "train data": data.hexdigest(), "base model": trainer.base_fingerprint}
     return settings | adapter | same | {"trainable parameters": shapes}
+
+
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Tells base models apart, and their dtypes, by a sample of each tensor."""
+    digest = hashlib.sha256()
+    for name, p in parameters:
+        digest.update(f"{name} {p.dtype} {p.detach().flatten()[:: p.numel() // 32 + 1].tolist()}".encode())
+    return digest.hexdigest()
 
 
 def _machine() -> dict[str, Any]:
@@ -1364,7 +1605,11 @@ def _machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return versions | {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    return versions | {
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": rank_and_world()[1],
+    }
 
 
 def save_checkpoint(trainer: GRPOTrainer) -> Path:
@@ -1441,7 +1686,7 @@ def load_checkpoint(trainer: GRPOTrainer) -> int:
     """
     for folder in _checkpoints(Path(str(trainer.args.output_dir))):
         if damage := _damage(folder):
-            print(f"resume: passing over {folder}: {damage}", file=sys.stderr)
+            say(f"resume: passing over {folder}: {damage}")
             continue
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         now = json.loads(to_json(_identity(trainer)))
@@ -1452,7 +1697,7 @@ def load_checkpoint(trainer: GRPOTrainer) -> int:
         for name, value in _machine().items():
             if state["made_with"].get(name) != value:
                 was = state["made_with"].get(name)
-                print(f"resume: {name} was {was}, now {value}: results may differ by rounding", file=sys.stderr)
+                say(f"resume: {name} was {was}, now {value}: results may differ by rounding")
         trainable = load_file(folder / "trainable.safetensors")
         with torch.no_grad():
             for name, parameter in trainer.params.items():
@@ -1467,10 +1712,83 @@ def load_checkpoint(trainer: GRPOTrainer) -> int:
         trainer.optimizer.load_state_dict(optimizer["optimizer"])
         trainer.scheduler.load_state_dict(optimizer["scheduler"])
         trainer.tokens = state["tokens"]
-        print(f"resume: going on from {folder}", file=sys.stderr)
+        say(f"resume: going on from {folder}")
         return int(state["step"])
-    print(f"resume: no intact checkpoint in {trainer.args.output_dir}, starting at the beginning", file=sys.stderr)
+    say(f"resume: no intact checkpoint in {trainer.args.output_dir}, starting at the beginning")
     return 0
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+class PeerError(RuntimeError):
+    """Another process of the run has ended, or does not answer."""
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text: str) -> None:
+    """To stderr, once and not by every process."""
+    if rank_and_world()[0] == 0:
+        print(text, file=sys.stderr)
+
+
+@contextmanager
+def peers_answer() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        rank, world = rank_and_world()
+        raise PeerError(
+            f"process {rank} of {world}: another process has ended or does not answer "
+            f"({str(error).partition(chr(10))[0]:.200}); --resume goes on from the newest checkpoint"
+        ) from error
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every process, by rank. It travels as JSON (which Python's keeps NaN in): nothing is unpickled."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    text = torch.tensor(list(json.dumps(value, default=str).encode()), dtype=torch.uint8, device=device)
+    with peers_answer():
+        sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world)]
+        dist.all_gather(sizes, torch.tensor([len(text)], device=device))
+        longest = int(max(sizes))
+        texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world)]
+        dist.all_gather(texts, nn.functional.pad(text, (0, longest - len(text))))
+    return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+
+
+def same_on_all(parameters: Iterable[Tensor]) -> None:
+    """Every process starts from the first one's values."""
+    if rank_and_world()[1] > 1:
+        with torch.no_grad(), peers_answer():
+            for parameter in parameters:
+                dist.broadcast(parameter.detach(), src=0)
+
+
+def shard_base(model: nn.Module) -> None:
+    """FSDP2: the frozen weights of the decoder's layers are spread over the processes; each layer's are fetched when it runs.
+
+    What is trained, the embeddings and the head (which may be one with them) stay whole in every process. A layer is
+    fetched by all processes at once, so all make the same number of forwards.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    decoder = CausalLM(model).decoder
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    layers = max((m for m in decoder.modules() if isinstance(m, nn.ModuleList)), key=size)
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for layer in layers:
+        fully_shard(layer, ignored_params=trained)
+    inside = {p for layer in layers for p in layer.parameters()}
+    fully_shard(decoder, ignored_params={p for p in model.parameters() if p not in inside} | trained)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------ the demo
@@ -1642,13 +1960,18 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
 def prepare(argv: Sequence[str]) -> GRPOTrainer:
     """Everything up to the first update. ValueError for bad input, as early as it can be known."""
     script, lora, args = parse(argv)
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group(timeout=timedelta(seconds=args.ddp_timeout))
+    rank, world = rank_and_world()
     reward_funcs = [load_reward(spec) for spec in script.rewards.split(",") if spec.strip()]
     reward_weights(args, reward_funcs)
-    check_output_dir(args)
+    if rank == 0:
+        check_output_dir(args)
     try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if script.device == "auto" else script.device
-        )
+        auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if script.device == "auto" else script.device)
+        if device.type == "cuda" and world > 1:
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {script.device}: {str(error).partition(chr(10))[0]}") from None
@@ -1676,8 +1999,9 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
     folder = script.model
     if folder is None:
         folder = str(Path("runs") / "demo-base-model")
-        if not Path(folder).exists():
+        if rank == 0 and not Path(folder).exists():
             make_demo_model(Path(folder))
+        gather("the model is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -1690,10 +2014,13 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
     except Exception as error:
         raise ValueError(f"--model {folder}: {type(error).__name__}: {error}") from None
     transformers.set_seed(args.seed)
-    model.to(device)
+    if not args.fsdp:  # which shares it out before it moves it
+        model.to(device)
     model = load_lora(model, script.adapter) if script.adapter else apply_lora(model, lora)
     trainer = GRPOTrainer(model, reward_funcs, args, train, held_out or None, tokenizer)
-    args.output_dir = args.output_dir or new_run_folder("demo" if script.model is None else Path(script.model).name)
+    if args.output_dir is None:
+        name = "demo" if script.model is None else Path(script.model).name
+        args.output_dir = gather(new_run_folder(name) if rank == 0 else None)[0]
     return trainer
 
 
@@ -1765,6 +2092,7 @@ def draw_curve(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def refuse(error: Exception, status: int) -> int:
     """One line, whatever the message was made from."""
+    sys.stdout.flush()
     print("error:", " ".join(printable(str(error)).split())[:1000], file=sys.stderr)
     return status
 
@@ -1776,7 +2104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trainer = prepare(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
-        return refuse(error, 2)
+        return leave(refuse(error, 2))
+    except PeerError as error:
+        return leave(refuse(error, 1))
 
     def stop(signum: int, frame: Any) -> None:
         trainer.stop = True
@@ -1785,16 +2115,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     out = trainer.args.output_dir
-    print(f"writing to {out}/", file=sys.stderr)
+    say(f"writing to {out}/")
     try:
         trainer.train()
-    except (RewardError, ResumeError, FloatingPointError, OSError) as error:
-        return refuse(error, 2 if isinstance(error, ResumeError) else 1)
-    if trainer.stop and trainer.step < trainer.args.max_steps:
-        print(f"stopped after update {trainer.step}; go on with the same command and --output_dir {out} --resume")
-        return 0
-    report(Path(str(out)), trainer.args.seed, time.perf_counter() - started)
-    return 0
+    except (RewardError, ResumeError, FloatingPointError, MemoryError, PeerError, OSError) as error:
+        return leave(refuse(error, 2 if isinstance(error, ResumeError) else 1))
+    if trainer.rank == 0:
+        if trainer.stop and trainer.step < trainer.args.max_steps:
+            print(f"stopped after update {trainer.step}; go on with the same command and --output_dir {out} --resume")
+        else:
+            report(Path(str(out)), trainer.args.seed, time.perf_counter() - started)
+    return leave(0)
+
+
+def leave(status: int) -> int:
+    """The exit status; with several processes, at once if it is not 0: the others must not wait for this one."""
+    if dist.is_initialized():
+        if status:
+            sys.stderr.flush()
+            os._exit(status)
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

@@ -13,19 +13,24 @@ import itertools
 import json
 import math
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import types
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -764,13 +769,47 @@ def test_each_row_is_graded_by_its_answer_or_its_solution():
     assert sorted(seen["answer"]) == ["2"] * 4 + ["4"] * 4
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step():
-    t = trainer()
-    before = adapters_of(t.model)
-    next(iter(t.params.values())).register_hook(lambda g: g * math.nan)
-    with pytest.raises(FloatingPointError, match="update 1"):
-        update(t)
-    assert all(torch.equal(before[name], p) for name, p in t.params.items())
+def test_an_update_that_is_not_finite_is_skipped_counted_and_the_third_in_a_row_ends_the_run_with_its_state_saved(
+    tmp_path,
+):
+    bad = {1, 3, 4, 5}  # by number of the update, from 0
+    t = trainer(max_steps=9, output_dir=str(tmp_path))
+    next(iter(t.params.values())).register_hook(lambda g: g * math.nan if t.step in bad else g)
+    after = {}
+    original = t.update
+
+    def watched(rows):
+        metrics = original(rows)
+        after[t.step] = adapters_of(t.model)
+        return metrics
+
+    t.update = watched
+    with pytest.raises(FloatingPointError, match=r"update 6: 3 updates in a row.*lower learning_rate"):
+        t.train()
+    unchanged = {n for n in range(1, 6) if all(torch.equal(after[n][k], after[n - 1][k]) for k in after[n])}
+    assert unchanged == bad
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 0, 1, 1, 1] and rows[1]["grad_norm"] is None
+    assert "skipped_updates is 1: " in rows[1]["warnings"][-1]
+    assert (tmp_path / "checkpoint-6/manifest.json").exists()  # though save_steps is 0
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_policy_that_is_not_finite_itself_is_not_saved(tmp_path):
+    t = trainer(max_steps=9, output_dir=str(tmp_path), save_steps=1)
+    B = next(p for name, p in t.params.items() if "lora_B" in name)
+    original = t.update
+
+    def watched(rows):
+        metrics = original(rows)
+        if t.step == 2:
+            B.detach().fill_(math.inf)
+        return metrics
+
+    t.update = watched
+    with pytest.raises(FloatingPointError, match="update 6"):
+        t.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_what_rewards_log_is_a_mean_over_the_evaluation_and_must_fit():
@@ -798,6 +837,61 @@ def test_rewards_may_be_async_may_say_none_and_are_weighted():
     assert [s["rewards/slow_reward"] for s in t.samples] == [0.5] * 16
     t = trainer(reward=lambda completions, **columns: [None] * len(completions))
     assert math.isnan(update(t)["reward"]) and not any(p.grad.any() for p in t.params.values())
+
+
+def hanging(completions, **columns):
+    while True:
+        try:
+            time.sleep(5)
+        except Exception:
+            continue
+
+
+async def hanging_async(completions, **columns):
+    while True:
+        with contextlib.suppress(Exception):
+            await asyncio.sleep(5)
+
+
+@pytest.mark.parametrize("function", [hanging, hanging_async])
+def test_a_reward_that_hangs_is_stopped_and_named(function):
+    started, handler = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(RewardError, match=f"reward {function.__name__} took longer than reward_timeout = 0.2 s"):
+        update(trainer(reward=function, reward_timeout=0.2))
+    assert time.monotonic() - started < 4
+    assert signal.getsignal(signal.SIGALRM) == handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_reward_that_hangs_in_another_thread_ends_the_process_and_is_named():
+    code = "import threading, grpo_lora as g, test_training as t\n"
+    code += "run = lambda: g.call_reward(t.hanging, 1, {'completions': ['']}, 0.2)\n"
+    code += "x = threading.Thread(target=run); x.start(); x.join()"
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "reward hanging took longer than 0.2 s" in result.stderr
+
+
+def test_an_async_reward_runs_inside_a_running_event_loop_too():
+    async def notebook():
+        return update(trainer(reward=slow_reward))
+
+    assert asyncio.run(notebook())["reward"] == 0.5
+
+
+def test_running_out_of_memory_names_the_settings_that_need_less(model_dir, data, tmp_path, capsys):
+    huge = ["--num_generations", "4000000", "--max_completion_length", "30", "--per_device_train_batch_size", "4"]
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    command = ["--model", str(model_dir), "--data", str(data), *SMALL, *huge, "--output_dir", str(tmp_path / "out")]
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    try:
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: out of memory: lower per_device_train_batch_size")
+    torch_error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(MemoryError, match="per_device_train_batch_size"), grpo_lora.memory_advice():
+        raise torch_error
 
 
 def broken(what):
@@ -903,12 +997,89 @@ def test_every_kind_of_model_trains(kind):
         assert metrics["reward"] == pytest.approx(metrics["rewards/digits_0/mean"] + metrics["rewards/digits_1/mean"])
 
 
-def test_adapters_that_no_gradient_reaches_are_named(capsys):
+# ------------------------------------------------------------------------------------------------------ early warnings
+
+
+def equal_rewards(completions, **columns):
+    return [0.5] * len(completions)
+
+
+def noise(completions, **columns):
+    """Tells completions apart, and cannot be learnt."""
+    return [random.random() for _ in completions]
+
+
+def first_is_20(completion_ids, **columns):
+    return [float(ids[0] == 20) for ids in completion_ids]
+
+
+def warned(reward=noise, **args) -> set[str]:
+    """The metrics that a small run was warned of."""
+    model = args.pop("model", None) or with_adapters(
+        tiny_model(), random=False, target_modules=["down_proj", "lm_head"]
+    )
+    defaults = {"max_steps": 12, "max_completion_length": 4, "prompts_per_step": 2, "num_generations": 8}
+    defaults |= {"per_device_train_batch_size": 64}
+    with tempfile.TemporaryDirectory() as folder:
+        t = trainer(model, reward, output_dir=folder, **defaults | args)
+        t.train()
+        rows = lines(Path(folder) / "metrics.jsonl")
+    texts = [text for row in rows for text in row.get("warnings", ())]
+    assert len(texts) == len(set(texts))
+    return {text.partition(" is ")[0] for text in texts}
+
+
+def test_warning_equal_rewards_and_no_gradient():
+    assert {"frac_reward_zero_std", "grad_norm"} <= warned(equal_rewards)
+
+
+def test_warning_flat_reward():
+    assert "reward" in warned(max_steps=42, learning_rate=1e-5)
+
+
+def test_warning_kl_entropy_and_clipping_at_a_huge_learning_rate():
+    assert {"kl"} <= warned(learning_rate=0.02, beta=1e-6, max_steps=30)
+    assert "entropy/first" in warned(first_is_20, learning_rate=0.03, max_steps=40, max_completion_length=1, beta=1e-6)
+    assert "clip_ratio/region_mean" in warned(learning_rate=0.1, num_iterations=8, max_steps=40)
+
+
+def test_warning_truncation():
+    assert "completions/clipped_ratio" in warned(max_completion_length=2)
+
+
+def test_warning_a_gradient_that_jumps(monkeypatch):
+    clip = nn.utils.clip_grad_norm_
+    calls = itertools.count()
+    jump = lambda parameters, norm: clip(parameters, norm) * (1000 if next(calls) == 11 else 1)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", jump)
+    assert "grad_norm/usual" in warned()
+
+
+def test_warning_the_sampler_is_not_the_policy_that_is_scored(monkeypatch):
+    original = grpo_lora.generate
+    monkeypatch.setattr(grpo_lora, "generate", lambda *a, **k: original(*a, **k | {"temperature": 2.0}))
+    assert GAP in warned(temperature=0.5)
+
+
+def test_warning_adapters_that_stay_at_zero(capsys):
     mamba = tiny_model(config=MambaConfig, hidden_size=32, num_hidden_layers=2, state_size=4)
-    trainer(with_adapters(mamba, random=False)).train()  # the model reads dt_proj.weight and never calls the layer
+    trainer(
+        with_adapters(mamba, random=False), max_steps=4
+    ).train()  # it reads dt_proj.weight, and never calls the layer
     assert "layers.0.mixer.dt_proj.lora_B" in capsys.readouterr().err
-    trainer().train()
-    assert "warning" not in capsys.readouterr().err
+    assert "adapters at zero" in warned(learning_rate=0.0)
+
+
+def test_warnings_stay_silent_on_a_healthy_run_and_each_is_in_the_table():
+    first_is_even = lambda completion_ids, **columns: [float(ids[0] % 2 == 0) for ids in completion_ids]
+    model = with_adapters(tiny_model(), random=False, target_modules=["down_proj", "lm_head"])
+    model.generation_config.eos_token_id = list(range(9, VOCAB, 2))  # completions end of themselves
+    healthy = {"max_steps": 45, "learning_rate": 0.01, "prompts_per_step": 4, "max_completion_length": 16}
+    assert warned(first_is_even, model=model, **healthy) == set()
+    assert set(grpo_lora.WARNINGS) == {
+        "frac_reward_zero_std", "reward", "kl", "entropy/first", "completions/clipped_ratio", "clip_ratio/region_mean",
+        "grad_norm", "grad_norm/usual", "skipped_updates", "adapters at zero", GAP,
+    }  # fmt: skip
 
 
 def test_training_with_activation_checkpointing_moves_every_adapter():
@@ -1179,38 +1350,246 @@ def test_a_failing_reward_ends_the_run_with_one_line_and_exit_code_1(model_dir, 
     assert capsys.readouterr().err.strip().splitlines()[-1] == "error: reward bad raised RuntimeError: boom"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_process_resumes_to_the_same_run(number, model_dir, data, tmp_path):
-    """Ctrl-C and SIGTERM finish the update in hand and save; kill -9 loses what came after the last checkpoint."""
-    base = [
-        sys.executable,
-        grpo_lora.__file__,
-        "--model",
-        str(model_dir),
-        "--data",
-        str(data),
-        "--rewards",
-        "format,tag_count",
-    ]
-    base += ["--prompts_per_step", "2", "--num_generations", "4", "--max_completion_length", "16", "--save_steps", "3"]
-    command = lambda name, steps: [*base, "--max_steps", str(steps), "--output_dir", str(tmp_path / name)]
-    process = subprocess.Popen(command("killed", 4000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "killed/metrics.jsonl"
+CLI_RUN = ["--rewards", "format,tag_count", "--prompts_per_step", "2", "--num_generations", "4"]
+CLI_RUN += ["--max_completion_length", "16", "--save_steps", "3"]
+
+
+def same_files(a: Path, b: Path) -> None:
+    """Adapter files equal to the byte, metrics equal but for times."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (a / "adapter" / name).read_bytes() == (b / "adapter" / name).read_bytes()
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
+    assert drop(lines(a / "metrics.jsonl")) == drop(lines(b / "metrics.jsonl"))
+    assert lines(a / "completions.jsonl") == lines(b / "completions.jsonl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_update_saves_and_says_how_to_resume(number, model_dir, data, tmp_path):
+    base = [sys.executable, grpo_lora.__file__, "--model", str(model_dir), "--data", str(data), *CLI_RUN]
+    command = [*base, "--max_steps", "4000", "--output_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    if number != signal.SIGKILL:
-        assert process.returncode == 0 and "--resume" in out
-    total = (len(metrics.read_text().splitlines()) // 3 + 2) * 3
-    subprocess.run([*command("killed", total), "--resume"], check=True, capture_output=True)
-    subprocess.run(command("straight", total), check=True, capture_output=True)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "killed/adapter" / name).read_bytes() == (tmp_path / "straight/adapter" / name).read_bytes()
-    drop = lambda rows: [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
-    assert drop(lines(metrics)) == drop(lines(tmp_path / "straight/metrics.jsonl"))
+    assert process.returncode == 0 and "--resume" in out
+    last = lines(metrics)[-1]["step"]
+    assert (tmp_path / f"run/checkpoint-{last}/manifest.json").exists()
+
+
+KILLING = """
+import os, random, shutil, signal, sys, time, torch
+torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
+import grpo_lora
+kills, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+
+def start(name, *more):
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+        os._exit(grpo_lora.main([*command, "--output_dir", f"{folder}/{name}", *more]))
+    return process
+
+begun = time.monotonic()
+assert os.waitpid(start("straight"), 0)[1] == 0
+whole, finished = time.monotonic() - begun, 0
+while kills:
+    process = start(f"killed-{finished}", "--resume")
+    time.sleep(random.uniform(0, whole / 5))
+    if os.waitpid(process, os.WNOHANG)[0]:  # it was done: another run
+        finished += 1
+    else:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        kills -= 1
+assert os.waitpid(start(f"killed-{finished}", "--resume"), 0)[1] == 0
+print(finished + 1)
+"""
+
+
+def test_a_run_killed_at_twenty_random_moments_is_the_run_that_was_not(model_dir, data, tmp_path):
+    command = ["--model", str(model_dir), "--data", str(data), *CLI_RUN, "--max_steps", "30"]
+    kill = [sys.executable, "-c", KILLING, "20", str(tmp_path), *command]
+    out = subprocess.run(kill, cwd=HERE, check=True, stdout=subprocess.PIPE, text=True, timeout=300).stdout
+    for i in range(int(out)):
+        same_files(tmp_path / "straight", tmp_path / f"killed-{i}")
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def on_ranks(world: int, job, folder: Path) -> list:
+    """Run a function of this file in `world` processes joined by gloo; what each returned, or its exit status."""
+    code = "import sys, test_training as t; t.fork_ranks(int(sys.argv[1]), getattr(t, sys.argv[2]), sys.argv[3])"
+    command = [sys.executable, "-c", code, str(world), job.__name__, str(folder)]
+    subprocess.run(command, cwd=HERE, check=True, timeout=300)
+    results = [folder / f"rank-{rank}.pt" for rank in range(world)]
+    return [torch.load(path, weights_only=True) if path.exists() else None for path in results]
+
+
+def fork_ranks(world: int, job, folder: str) -> None:
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            limit = timedelta(seconds=60)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=limit
+            )
+            status = 1
+            try:
+                torch.save(job(Path(folder)), f"{folder}/rank-{rank}.pt")
+                status = 0
+            finally:
+                traceback.print_exc() if status else None
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+PARALLEL = {
+    "dapo": {},
+    "grpo, KL": {"loss_type": "grpo", "beta": 0.1},
+    "batch std, entropy, twice": {"scale_rewards": "batch", "top_entropy_quantile": 0.4, "num_iterations": 2},
+    "truncated out": {"mask_truncated_completions": True, "max_completion_length": 12},
+    "rows of one token": {"eos": range(5, 38), "per_device_train_batch_size": 2},
+    "DoRA, checkpointed": {"gradient_checkpointing": True, "use_dora": True},
+}
+
+
+def uneven(completions, **columns):
+    """Groups differ, and some have no reward that differs."""
+    return [len(rewards.completion_text(c)) % 5 if len(rewards.completion_text(c)) > 4 else 0.0 for c in completions]
+
+
+def parallel_updates(folder: Path, **more) -> dict:
+    """An update, and an evaluation, with each setting: gradients, weights, metrics, completions."""
+    results = {}
+    for name, args in PARALLEL.items():
+        args = dict(args)
+        model = with_adapters(tiny_model(dtype=torch.float64), use_dora=args.pop("use_dora", False))
+        model.generation_config.eos_token_id = [EOS, *args.pop("eos", range(9, 20))]  # rows of many lengths
+        t = trainer(model, uneven, eval_rows=ROWS[:7], prompts_per_step=6, **args | more)
+        sharded = [key for key, p in model.named_parameters() if hasattr(p, "full_tensor")]
+        assert len(sharded) == (18 if more else 0)  # nine tensors in each of two layers
+        metrics = update(t)
+        gradients = {key: p.grad.clone() for key, p in t.params.items()}
+        samples = [[s["completion"], s["advantage"]] for s in t.samples]
+        results[name] = [
+            gradients,
+            adapters_of(model),
+            metrics,
+            samples,
+            t.evaluate(),
+            [s["completion"] for s in t.samples],
+        ]
+    return json.loads(json.dumps(results, default=lambda x: x.tolist()))
+
+
+def parallel_sharded(folder: Path) -> dict:
+    return parallel_updates(folder, fsdp=True)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    return parallel_updates(Path())
+
+
+@pytest.mark.parametrize(("world", "job"), [(2, parallel_updates), (3, parallel_updates), (2, parallel_sharded)])
+def test_several_processes_make_the_update_of_one(world, job, alone, tmp_path):
+    ranks = on_ranks(world, job, tmp_path)
+    assert all(rank == ranks[0] for rank in ranks[1:])  # gradients, weights and metrics, to the bit
+    for name, (gradients, weights, metrics, samples, evaluated, texts) in ranks[0].items():
+        assert samples == alone[name][3] and texts == alone[name][5]
+        for theirs, ours in zip((gradients, weights), alone[name], strict=False):
+            for key in ours:
+                torch.testing.assert_close(torch.tensor(theirs[key]), torch.tensor(ours[key]), atol=1e-10, rtol=1e-7)
+        for theirs, ours in ((metrics, alone[name][2]), (evaluated, alone[name][4])):
+            assert theirs.keys() == ours.keys()
+            over_all = (
+                {"entropy", GAP} if job is parallel_sharded else set()
+            )  # it skips no group, so that they are means over more
+            for key in ours.keys() - over_all:
+                assert theirs[key] == pytest.approx(ours[key], rel=1e-6, abs=1e-9, nan_ok=True), key
+
+
+def parallel_run(folder: Path) -> int:
+    """Two processes: straight through; and stopped by a signal to the second alone, then resumed."""
+    run(folder / "straight")
+    stopped = run(folder / "resumed", stop_at=3 if dist.get_rank() == 1 else None)
+    run(folder / "resumed", resume=True)
+    return stopped.step
+
+
+def test_processes_stop_together_and_resume_to_the_bit(tmp_path):
+    assert on_ranks(2, parallel_run, tmp_path) == [3, 3]
+    same_run(tmp_path / "straight", tmp_path / "resumed")
+
+
+def parallel_death(folder: Path) -> str:
+    t = trainer(max_steps=1000, output_dir=str(folder / "run"), save_steps=1)
+    if dist.get_rank() == 1:
+        original = t.update
+        t.update = lambda rows: os._exit(9) if t.step == 3 else original(rows)
+    started = time.monotonic()
+    with pytest.raises(grpo_lora.PeerError) as error:
+        t.train()
+    assert time.monotonic() - started < 20
+    return str(error.value)
+
+
+def test_a_process_that_dies_ends_the_others_with_one_line_and_a_resumable_run(tmp_path):
+    said, dead = on_ranks(2, parallel_death, tmp_path)
+    assert said.startswith("process 0 of 2: another process has ended") and dead is None
+    assert trainer(max_steps=4, output_dir=str(tmp_path / "run"), save_steps=1, resume=True).train()["step"] == 4
+
+
+def test_torchrun_trains_and_a_killed_worker_ends_the_job_which_resumes(model_dir, data, tmp_path):
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        grpo_lora.__file__,
+    ]
+    command = [
+        *torchrun,
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        *CLI_RUN,
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    job = subprocess.Popen([*command, "--max_steps", "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoint, deadline = tmp_path / "run/checkpoint-3", time.monotonic() + 120
+    while not checkpoint.exists():
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()
+        time.sleep(0.02)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, error = job.communicate(timeout=60)
+    assert job.returncode != 0 and time.monotonic() - killed < 20
+    assert "error: process 0 of 2: another process has ended" in error
+    done = len(lines(tmp_path / "run/metrics.jsonl")) + 3
+    result = subprocess.run([*command, "--max_steps", str(done), "--resume"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == list(range(1, done + 1))
+
+
+def test_prompts_must_divide_among_processes(monkeypatch):
+    monkeypatch.setattr(grpo_lora, "rank_and_world", lambda: (0, 3))
+    with pytest.raises(ValueError, match="prompts_per_step = 4: must be a multiple of the 3 processes"):
+        trainer()
 
 
 def test_model_text_cannot_steer_the_terminal():

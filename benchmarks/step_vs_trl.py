@@ -1,0 +1,222 @@
+"""One update of on-policy GRPO with LoRA, here and in TRL + PEFT, on the same work and the same machine.
+
+    python benchmarks/step_vs_trl.py MODEL_FOLDER            # 135M parameters: some 25 minutes on two cores; writes step_vs_trl.json
+
+Same prompts, rows per forward, rank, targets, loss, sampling (temperature 1, untruncated) and number of tokens: EOS is
+suppressed on both sides, so that every completion has its full length. The two sides alternate, each time in a process of
+its own, whose first update is not timed; figures are medians. Peak memory is the process's largest resident set.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+WORK = {  # prompts, completions of each, completion tokens, prompt tokens (about), rows per forward
+    "2 x 8 x 64, prompts of 80": (2, 8, 64, 80, 16),
+    "1 x 8 x 64, prompts of 520": (1, 8, 64, 520, 8),
+}
+
+
+def texts(tokenizer, count: int, tokens: int) -> list[str]:
+    """Prompts of so many tokens, made of word problems."""
+    from word_problems import problems
+
+    words = " ".join(row["prompt"][-1]["content"] for row in problems(400))
+    ids = tokenizer(words).input_ids
+    return [tokenizer.decode(ids[i * 7 : i * 7 + tokens]) for i in range(count)]
+
+
+def reward(completions, **columns):
+    """Any number that differs within a group, so that no group is without advantage."""
+    return [float(len(set(text))) + 0.01 * (len(text) % 100) for text in completions]
+
+
+def ours(model_folder: str, work: tuple, updates: int, rows_per_forward: int) -> dict:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import grpo_lora
+    from lora import LoRAConfig, apply_lora
+
+    P, G, T, L, _ = work
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    apply_lora(model, LoRAConfig(r=16, lora_alpha=32))
+    rows = [{"prompt": text} for text in texts(tokenizer, P * (updates + 2), L)]
+    args = grpo_lora.GRPOConfig(
+        prompts_per_step=P, num_generations=G, per_device_train_batch_size=rows_per_forward, max_completion_length=T,
+        max_steps=updates + 2, learning_rate=1e-5,
+    )  # fmt: skip
+    trainer = grpo_lora.GRPOTrainer(model, reward, args, rows, None, tokenizer)
+    trainer.eos_token_ids = []  # never the end
+    seconds, sampling = [], []
+    sample = trainer.sample
+
+    def timed_sample(*args):
+        start = time.perf_counter()
+        rollout = sample(*args)
+        sampling.append(time.perf_counter() - start)
+        assert rollout.completion_mask.all() and rollout.completion_ids.shape == (P * G, T)
+        return rollout
+
+    trainer.sample = timed_sample
+    for index in range(updates + 1):
+        trainer.seed("update", index)
+        start = time.perf_counter()
+        trainer.update(trainer.batch(index))
+        seconds.append(time.perf_counter() - start)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with FlopCounterMode(display=False) as counter:
+        trainer.update(trainer.batch(updates + 1))
+    return {"seconds": seconds[1:], "sampling": sampling[1 : updates + 1], "peak_gib": memory} | {
+        "gflop": counter.get_total_flops() / 1e9
+    }
+
+
+def theirs(model_folder: str, work: tuple, updates: int) -> dict:
+    import torch
+    import transformers
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    P, G, T, L, rows_per_forward = work
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    suppressed = {"suppress_tokens": sorted({tokenizer.eos_token_id, model.generation_config.eos_token_id})}
+    args = trl.GRPOConfig(
+        output_dir="unused", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none",
+        disable_tqdm=True, per_device_train_batch_size=rows_per_forward, gradient_accumulation_steps=P * G // rows_per_forward,
+        num_generations=G, max_completion_length=T, max_steps=updates + 1, learning_rate=1e-5, temperature=1.0, beta=0.0,
+        loss_type="dapo", logging_steps=1000, generation_kwargs=suppressed, dataloader_pin_memory=False,
+    )  # fmt: skip
+    seconds, sampling, starts = [], [], []
+
+    class Timer(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            starts.append(time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            seconds.append(time.perf_counter() - starts[-1])
+
+    def timed(generate):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            out = generate(*args, **kwargs)
+            sampling.append(time.perf_counter() - start)
+            assert (out.sequences if hasattr(out, "sequences") else out).shape[0] == P * G
+            return out
+
+        return call
+
+    transformers.GenerationMixin.generate = timed(transformers.GenerationMixin.generate)
+    data = Dataset.from_dict({"prompt": texts(tokenizer, P * (updates + 1), L)})
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = trl.GRPOTrainer(
+        model, reward, args=args, train_dataset=data, processing_class=tokenizer, peft_config=config
+    )
+    trainer.add_callback(Timer())
+    trainer.train()
+    assert (
+        trainer.state.log_history[-1]["completions/mean_length"] == T
+        if "completions/mean_length" in trainer.state.log_history[-1]
+        else True
+    )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds[1:], "sampling": sampling[1:], "peak_gib": memory}
+
+
+def gemm_rate() -> float:
+    """GFLOP/s of float32 matrix products, the best of many, of the shapes that a small model has."""
+    import torch
+
+    best = 0.0
+    for m, k, n in ((1024, 576, 1536), (1024, 2048, 2048), (2048, 2048, 2048)):
+        a, b = torch.randn(m, k), torch.randn(k, n)
+        for _ in range(10):
+            start = time.perf_counter()
+            a @ b
+            best = max(best, 2e-9 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+def in_process(side: str, model: str, work: tuple, updates: int, rows: int) -> dict:
+    command = [sys.executable, __file__, model, "--side", side, "--work", json.dumps(work), "--updates", str(updates)]
+    out = subprocess.run([*command, "--rows", str(rows)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=2)
+    parser.add_argument("--side")
+    parser.add_argument("--work")
+    parser.add_argument("--rows", type=int)
+    options = parser.parse_args()
+    if options.side:
+        work = tuple(json.loads(options.work))
+        if options.side == "ours":
+            print(json.dumps(ours(options.model, work, options.updates, options.rows)))
+        elif options.side == "gemm":
+            print(json.dumps({"gflops": gemm_rate()}))
+        else:
+            print(json.dumps(theirs(options.model, work, options.updates)))
+        return
+
+    results = []
+    for name, work in WORK.items():
+        P, G, T, _, rows = work
+        sides: dict[str, list[dict]] = {"ours": [], "theirs": [], "ours, a group at a time": []}
+        rates = []
+        for number in range(options.rounds):
+            for side in ("ours", "theirs") if number % 2 == 0 else ("theirs", "ours"):
+                sides[side].append(in_process(side, options.model, work, options.updates, rows))
+                print(f"{name}: {side}: {sides[side][-1]}", file=sys.stderr, flush=True)
+            rates.append(in_process("gemm", options.model, work, 1, rows)["gflops"])
+        if rows > G:
+            sides["ours, a group at a time"].append(in_process("ours", options.model, work, options.updates, G))
+        row = {"work": name, "tokens_sampled": P * G * T}
+        for side, runs in sides.items():
+            if runs:
+                row[side] = {
+                    "seconds": statistics.median(s for run in runs for s in run["seconds"]),
+                    "sampling_seconds": statistics.median(s for run in runs for s in run["sampling"]),
+                    "peak_gib": statistics.median(run["peak_gib"] for run in runs),
+                    "all_seconds": [round(s, 2) for run in runs for s in run["seconds"]],
+                }
+                row[side]["tokens_per_second"] = P * G * T / row[side]["seconds"]
+        row["time_ratio"] = row["theirs"]["seconds"] / row["ours"]["seconds"]
+        row["memory_ratio"] = row["theirs"]["peak_gib"] / row["ours"]["peak_gib"]
+        row["gemm_gflops"] = statistics.median(rates)
+        row["gflop_per_update"] = sides["ours"][0]["gflop"]
+        row["share_of_gemm_rate"] = row["gflop_per_update"] / row["gemm_gflops"] / row["ours"]["seconds"]
+        results.append(row)
+        print(json.dumps(row, indent=1), flush=True)
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "dtype": "float32"}
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, trl, peft)}
+    summary = {"command": "python benchmarks/step_vs_trl.py MODEL_FOLDER", "model": "SmolLM2-135M-Instruct"}
+    (HERE / "step_vs_trl.json").write_text(
+        json.dumps(summary | machine | versions | {"results": results}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
