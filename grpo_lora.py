@@ -15,6 +15,7 @@ off-policy masking, router losses, learned reward models. (TRL and verl have the
 import asyncio
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -452,6 +453,31 @@ class _StubOutput(tuple):
         return self[0] if name == "last_hidden_state" else None
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room to grow: a token is written where DynamicLayer would copy all that went before it."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.buffers = room, dict[str, Tensor]()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for name, new in (("keys", key_states), ("values", value_states)):  # (rows, heads, tokens, width)
+            old, buffer = getattr(self, name), self.buffers.get(name)
+            past = old.shape[-2] if old.numel() else 0
+            end = past + new.shape[-2]
+            if (
+                buffer is None or old.data_ptr() != buffer.data_ptr() or end > buffer.shape[-2]
+            ):  # new, or rows were dropped
+                buffer = self.buffers[name] = new.new_empty(*new.shape[:2], end + self.room, new.shape[-1])
+                if past:
+                    buffer[:, :, :past] = old
+            buffer[:, :, past:end] = new
+            setattr(self, name, buffer[:, :, :end])
+        return self.keys, self.values  # type: ignore[return-value]
+
+
 class CausalLM:
     """A causal language model taken apart: `hidden` maps tokens to hidden states, `logits` maps these to logits.
 
@@ -517,8 +543,12 @@ class CausalLM:
         together = together and self.takes_cache and self.takes_positions and not eager64
         return [slice(0, P)] if together else [slice(p, p + 1) for p in range(P)]
 
-    def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.core.config)
+    def new_cache(self, room: int = 0) -> DynamicCache:
+        """Of the model's own kinds of layers; room: tokens that it will grow by, one at a time."""
+        cache = DynamicCache(config=self.core.config)
+        if room:
+            cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
 
     def hidden(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
         """Hidden states of `ids` (B, t) -> (B, t, H). mask: (B, past + t), False where padding is.
@@ -531,8 +561,7 @@ class CausalLM:
             kwargs["past_key_values"] = cache
         if self.takes_positions:
             kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self.decoder(input_ids=ids, **kwargs)
-        return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        return self.decoder(input_ids=ids, **kwargs)[0]
 
     @contextmanager
     def _headless(self) -> Iterator[_Stub]:
@@ -653,14 +682,14 @@ def _decode(
     alive = torch.arange(B, device=prompt_ids.device)  # rows still being written
     ids = torch.full((B, steps), pad, dtype=torch.long, device=prompt_ids.device)
     logps = torch.zeros(B, steps, dtype=torch.float64, device=prompt_ids.device)
-    cache = lm.new_cache() if lm.takes_cache else None
+    cache = lm.new_cache(room=steps) if lm.takes_cache else None
     hidden = lm.hidden(prompt_ids, prompt_mask, cache)[:, -1].repeat_interleave(G, dim=0)  # (B, H)
     seen, context = prompt_mask.repeat_interleave(G, dim=0), prompt_ids.repeat_interleave(G, dim=0)  # (B, L) each
     if cache is not None:
         cache.batch_repeat_interleave(G)
     for t in range(steps):
         log_probs = (lm.logits(hidden) / temperature).log_softmax(dim=-1)  # (alive, V)
-        cdf = log_probs.double().exp().cumsum(dim=-1)
+        cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
         tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)
         tokens = tokens.clamp(max=cdf.shape[1] - 1)  # a draw within rounding of 1
         ids[alive, t] = tokens.squeeze(1)
@@ -698,13 +727,12 @@ class _TokenLogps(torch.autograd.Function):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 h = h.detach().requires_grad_(ctx.needs_input_grad[0])
                 logits = head(h)
-            z = logits.detach() / T
-            log_norm = z.logsumexp(dim=-1, keepdim=True)  # (n, 1)
-            p = (z - log_norm).exp()
-            logps.append((z.gather(1, y.unsqueeze(1)) - log_norm).squeeze(1))
-            entropies.append(torch.special.entr(p).sum(dim=-1))
+            z = (logits.detach() / T).log_softmax(dim=-1)  # (n, V)
+            logps.append(z.gather(1, y.unsqueeze(1)).squeeze(1))
+            p = z.exp()
+            entropies.append(-torch.einsum("nv,nv->n", p, z.clamp_(min=-1e4)))  # 0 log 0 = 0
             if ctx.needs_input_grad[0]:  # d logp / d logits = (onehot - p) / T
-                slope = p.neg_().scatter_add_(1, y.unsqueeze(1), torch.ones_like(log_norm)).div_(T)
+                slope = p.mul_(-1 / T).scatter_add_(1, y.unsqueeze(1), p.new_full((len(y), 1), 1 / T))
                 slopes.append(torch.autograd.grad(logits, h, slope)[0])
         if slopes:
             ctx.save_for_backward(torch.cat(slopes))
@@ -725,7 +753,7 @@ def _chunk_logps(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
 
 
 def completion_logps(
-    model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 256
+    model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 128
 ) -> tuple[Tensor, Tensor]:
     """log π(token | what is before it) of each completion token, and the entropy there, of softmax(logits / temperature).
 
@@ -857,6 +885,7 @@ class GRPOTrainer:
         if args.fsdp:
             shard_base(model)
         same_on_all(self.params.values())
+        keep_freed_memory()
         groups = param_groups(model, args.learning_rate, args.lora_plus_ratio, args.modules_to_save_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
@@ -1307,6 +1336,14 @@ def wait_for(awaitable: Any) -> Any:
     except RuntimeError:
         return asyncio.run(wait())
     return concurrent.futures.ThreadPoolExecutor(1).submit(asyncio.run, wait()).result()
+
+
+def keep_freed_memory() -> None:
+    """On Linux: malloc is not to hand freed memory back, only to ask for it again, page by page, at the next update."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # a libc other than glibc
+            for option, size in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD; M_MMAP_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, size)
 
 
 @contextmanager

@@ -186,18 +186,15 @@ class LoRALinear(_Switchable):
         """The frozen part of the weight, in the base layer's layout: W, or with PiSSA what is left of it."""
         return self.base_layer.weight if self.residual is None else self.residual
 
-    def _dense(self) -> Tensor:
-        """W + s·B A, (out, in), in the adapter's precision."""
-        delta = self.lora_B(self.lora_A.weight.T).T
-        return self._oriented(self._frozen()).to(delta.dtype) + self.scaling * delta
-
     def _norm(self) -> Tensor:
-        """DoRA's n, (out,): the length of each output row of W + s·B A."""
-        return torch.linalg.norm(self._dense(), dim=1)
+        """DoRA's n, (out,): the length of each output row of W + s·B A. In PEFT's order of operations, to the bit."""
+        delta = self.lora_B(self.lora_A.weight.T).T
+        return torch.linalg.norm(self._oriented(self._frozen()).to(delta.dtype) + self.scaling * delta, dim=1)
 
     def merged_weight(self) -> Tensor:
         """The one dense weight that does what base and adapter do together, in the base layer's layout and dtype."""
-        weight = self._dense()
+        A, B = self.lora_A.weight, self.lora_B.weight
+        weight = torch.addmm(self._oriented(self._frozen()).to(A.dtype), B, A, alpha=self.scaling)  # W + s·B A
         if self.lora_magnitude_vector is not None:
             weight = weight * (self.lora_magnitude_vector / self._norm()).unsqueeze(1)
         return self._oriented(weight).to(self.base_layer.weight.dtype).contiguous()

@@ -5,9 +5,12 @@ test_training.py, and so is the gallery, which puts known bugs back in and expec
 """
 
 import copy
+import inspect
 import itertools
 import math
 import os
+import re
+import sys
 import time
 import types
 from fractions import Fraction
@@ -33,7 +36,7 @@ from grpo_lora import (
     kl_penalty,
     multi_objective_advantages,
 )
-from lora import LoRAConfig, apply_lora, lora_disabled, lora_merged, param_groups
+from lora import LoRAConfig, LoRALinear, apply_lora, lora_disabled, lora_merged, param_groups
 from rewards import REWARDS, accuracy_reward, answers_match, canonical_answer, extract_answer, load_reward
 
 for profile, phases in (
@@ -106,6 +109,12 @@ def test_equal_rewards_give_exactly_zero(scale, value, G, eps):
     )  # a mean of equal floats can be off by an ulp
     assert (group_advantages(rewards, scale=scale, eps=eps)[0] == 0).all()
     assert (group_advantages(rewards[:1], scale=scale, eps=eps) == 0).all()
+
+
+def test_batch_scale_divides_by_the_std_of_all_rewards_plus_eps():
+    rewards = torch.tensor([[0.0, 1.0], [2.0, 5.0]], dtype=torch.float64)
+    want = torch.tensor([[-0.5, 0.5], [-1.5, 1.5]], dtype=torch.float64) / (math.sqrt(14 / 3) + 0.5)
+    torch.testing.assert_close(group_advantages(rewards, scale="batch", eps=0.5), want)
 
 
 def test_advantages_by_hand():
@@ -280,6 +289,40 @@ def test_vespo_weight_is_that_of_the_row_and_bounded():
     )  # the second row went far off: no weight, no NaN
     torch.testing.assert_close(gradient(loss, logps), -want / 5)
     assert stats["vespo/phi_seq_mean"] == pytest.approx(2 * phi / 5)
+
+
+def test_vespo_bounds_each_log_ratio_at_20_and_their_sum_between_log_1e_8_and_20():
+    ones = torch.ones(3, 2, dtype=torch.float64)
+    logps = torch.tensor([[0.0, -19.0], [-40.0, 19.5], [60.0, -19.0]], dtype=torch.float64)  # sums: log 1e-8, -0.5, 1
+    A = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+    _, stats = grpo_loss(logps, 0 * logps, A, ones.bool(), loss_type="vespo")
+    phi = lambda log_w, k, lam: math.exp(lam + k * log_w - lam * math.exp(log_w))
+    want = [phi(math.log(1e-8), 2, 3), phi(-0.5, 2, 3), phi(1.0, 3, 2)]
+    assert stats["vespo/phi_seq_mean"] == pytest.approx(sum(want) / 3, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+def test_clip_diagnostics_count_the_tokens_that_lost_their_gradient(loss_type):
+    logps = torch.tensor([[0.5, 0.1, -0.5], [0.5, 0.1, -0.5], [0.5, 0.1, -0.5]], dtype=torch.float64)
+    A, mask = torch.tensor([0.5, -0.5, 0.0], dtype=torch.float64), torch.ones(3, 3, dtype=torch.bool)
+    high = 1.2 if loss_type == "cispo" else 0.2
+    _, stats = grpo_loss(logps, 0 * logps, A, mask, loss_type=loss_type, epsilon_high=high)
+    if loss_type == "cispo":
+        assert stats == {"cispo_clip_ratio": pytest.approx(1 / 9)}
+    else:
+        assert stats == {
+            f"clip_ratio/{k}_mean": pytest.approx(n / 9) for k, n in (("low", 1), ("high", 1), ("region", 2))
+        }
+
+
+def test_defaults_of_the_loss_are_those_of_the_config_and_trls():
+    config, defaults = GRPOConfig(), inspect.signature(grpo_loss).parameters
+    shared = [name for name in defaults if hasattr(config, name)]
+    assert len(shared) == 11
+    for name in shared:
+        if defaults[name].default is not None:
+            assert defaults[name].default == getattr(config, name), name
+    assert config.use_bias_correction_kl and config.loss_type == "dapo" and config.beta == 0
 
 
 def test_sequence_level_has_one_ratio_a_row_the_geometric_mean_of_its_tokens():
@@ -778,6 +821,11 @@ def test_param_groups_give_each_kind_its_rate_and_miss_nothing():
         ({"r": 0}, ["r = 0"]),
         ({"r": 2.5}, ["r = 2.5"]),
         ({"rank_pattern": {"up": -1}}, ["rank_pattern", "-1"]),
+        ({"rank_pattern": ["up"]}, ["rank_pattern", "must map"]),
+        ({"lora_alpha": "8"}, ["lora_alpha", "'8'"]),
+        ({"lora_alpha": 0}, ["lora_alpha = 0"]),
+        ({"alpha_pattern": {"up": math.inf}}, ["up = inf"]),
+        ({"target_modules": "up("}, ["'up('", "not a regular expression"]),
         ({"lora_dropout": 1.0}, ["lora_dropout"]),
         ({"bias": "all"}, ["bias", "modules_to_save"]),
         ({"init_lora_weights": "olora"}, ["olora", "pissa"]),
@@ -789,8 +837,26 @@ def test_a_lora_config_that_cannot_work_is_refused_in_one_line_that_says_what_wo
     assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)
 
 
-def test_rank_one_is_a_rank():
-    model, base, ids = toy(LoRAConfig(r=1))
+@pytest.mark.parametrize(
+    ("output", "adapted"),
+    [
+        (lambda layer, x: nn.functional.linear(x, layer.weight), True),
+        (lambda layer, x: nn.functional.linear(x, layer.weight) + 0.5, False),
+        (lambda layer, x: nn.functional.linear(x, layer.weight) * 1.5, False),
+        (lambda layer, x: (nn.functional.linear(x, layer.weight), None), False),
+        (lambda layer, x: layer.no_such_thing, False),
+    ],
+)
+def test_a_subclass_of_linear_is_adapted_where_it_acts_as_one(output, adapted):
+    routed = type("Routed", (nn.Linear,), {"forward": output})(4, 3, bias=False)
+    nn.init.constant_(routed.weight, 0.25)
+    model = nn.ModuleDict({"routed": routed, "plain": nn.Linear(4, 3)})
+    apply_lora(model, LoRAConfig(r=1))
+    assert isinstance(model["routed"], LoRALinear) == adapted and isinstance(model["plain"], LoRALinear)
+
+
+def test_a_small_alpha_and_a_rank_of_one_will_do():
+    model, base, ids = toy(LoRAConfig(r=1, lora_alpha=0.5))
     assert model.up.lora_A.weight.shape == (1, 6) and not torch.equal(model(ids), base(ids))
 
 
@@ -913,6 +979,8 @@ def test_reward_values_by_hand():
         0,
         0,
     ]
+    got = score("length", wrong, right, answer=["1"] * 2, completion_ids=[[0] * 10, [0] * 20])
+    assert got == [0.0, -0.5]  # short, but wrong
     got = score(
         "cosine",
         right,
@@ -934,6 +1002,9 @@ def test_reward_values_by_hand():
     assert score("soft_overlong_penalty", "a", "b", completion_ids=[[0] * 60, [0] * 70], **run) == [0.0, -0.5]
     assert score("cosine", right, answer=["1"], completion_ids=[[0] * 40], **run) == pytest.approx([0.75])
     assert score("soft_overlong_penalty", "a", completion_ids=[[0] * 14336]) == [-0.5]  # DAPO's 16384 and 4096
+    tiny = {"trainer_state": types.SimpleNamespace(max_completion_length=2)}  # a cache of one token, not of none
+    assert score("soft_overlong_penalty", "a", "b", completion_ids=[[0], [0] * 2], **tiny) == [0.0, -1.0]
+    assert score("cosine", right, answer=["1"], completion_ids=[[0] * 500]) == pytest.approx([0.75])  # of 1000
 
 
 def test_rewards_are_found_by_name_by_file_and_by_module(tmp_path):
@@ -942,6 +1013,8 @@ def test_rewards_are_found_by_name_by_file_and_by_module(tmp_path):
         "def my_reward(completions, **columns):\n    return [Half().value for _ in completions]\n"
     )
     assert load_reward(f"{tmp_path}/mine.py:my_reward")(completions=["a"]) == [0.5]
+    assert sys.modules["mine"].Half().value == 0.5  # pickles and dataclasses look there
+    del sys.modules["mine"]
     assert load_reward("accuracy") is load_reward("accuracy_reward") is load_reward("rewards:accuracy_reward")
     assert load_reward("format") is REWARDS["format"]
     for spec, words in [
@@ -959,3 +1032,5 @@ def test_demo_task_thinks_right_and_every_problem_is_distinct():
     replies = [rewards_module.sum_completion(p, think=True) for p in problems]
     assert set(accuracy_reward(None, replies, [p["answer"] for p in problems])) == {1.0}
     assert set(REWARDS["format"](None, replies)) == {1.0}
+    for a, b, total in re.findall(r"(\d+)\+(\d+)=(\d+)", " ".join(replies)):
+        assert int(a) + int(b) == int(total)

@@ -1,0 +1,134 @@
+"""How time and memory of one update grow, one size at a time; and what the options cost.
+
+    python benchmarks/scaling.py        # some 8 minutes on two cores; writes scaling.json and scaling.png
+
+A random Llama (4 layers, width 256, 8,192 tokens) and 2 prompts x 8 completions, 128 + 64 tokens of full length, unless varied.
+Each point is a process of its own, so that peak memory is its own too (above what the process held before the first update);
+time is the median of three updates after one that is not timed. Exponents are slopes of a line through the logarithms.
+"""
+
+import json
+import math
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+BASE = {"width": 256, "vocabulary": 8192, "G": 8, "prompt": 128, "completion": 64, "P": 2}
+AXES = {
+    "G": [4, 8, 16, 32],
+    "prompt": [64, 256, 1024, 2048],
+    "completion": [32, 64, 128, 256],
+    "vocabulary": [8192, 32768, 131072, 262144],
+    "width": [128, 256, 512, 1024],
+}
+OPTIONS = {
+    "as it is": {},
+    "a group at a time": {"rows": 8},
+    "activation checkpointing": {"checkpointing": True},
+    "bf16 base": {"dtype": "bfloat16"},
+    "completions that end by themselves": {"ending": 0.03},
+}
+
+
+def measure(point: dict) -> dict:
+    """Seconds, peak memory and tokens of an update at one point."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    import grpo_lora
+    from lora import LoRAConfig, apply_lora
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    V, H = point["vocabulary"], point["width"]
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=H, intermediate_size=3 * H, num_hidden_layers=4, num_attention_heads=H // 64 or 1,
+        max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, initializer_range=0.01,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(getattr(torch, point.get("dtype", "float32")))
+    apply_lora(model, LoRAConfig(r=16, lora_alpha=32))
+    backend = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="1", pad_token="0")
+    words = torch.randint(2, V, (8, point["prompt"])).tolist()
+    rows = [{"prompt": " ".join(map(str, ids))} for ids in words]
+    reward = lambda completion_ids, **columns: [sum(ids) % 7 for ids in completion_ids]
+    args = grpo_lora.GRPOConfig(
+        prompts_per_step=point["P"], num_generations=point["G"], max_completion_length=point["completion"],
+        per_device_train_batch_size=point.get("rows", point["P"] * point["G"]), max_steps=4,
+        gradient_checkpointing=point.get("checkpointing", False),
+    )  # fmt: skip
+    trainer = grpo_lora.GRPOTrainer(model, reward, args, rows, None, tokenizer)
+    trainer.eos_token_ids = list(range(2, 2 + int(point["ending"] * V))) if "ending" in point else []
+    before, seconds, tokens = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [], []
+    for index in range(4):
+        trainer.seed("update", index)
+        start = time.perf_counter()
+        metrics = trainer.update(trainer.batch(index))
+        seconds.append(time.perf_counter() - start)
+        tokens.append(metrics["completions/mean_length"] * point["P"] * point["G"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gap = metrics[grpo_lora.GAP]
+    return {"seconds": statistics.median(seconds[1:]), "mib": (peak - before) / 2**10, "tokens": tokens[-1], "gap": gap}
+
+
+def in_process(point: dict) -> dict:
+    command = [sys.executable, __file__, json.dumps(BASE | point)]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return point | json.loads(out.strip().splitlines()[-1])
+
+
+def exponent(x: list, y: list) -> float:
+    """Slope of log y over log x, between the two largest."""
+    return math.log(y[-1] / y[-2]) / math.log(x[-1] / x[-2])
+
+
+def draw(axes: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, plots = pyplot.subplots(1, len(axes), figsize=(13, 2.8), layout="constrained")
+    for plot, (name, points) in zip(plots, axes.items(), strict=True):
+        x = [p[name] for p in points]
+        plot.loglog(x, [p["seconds"] for p in points], "o-", label="seconds")
+        plot.loglog(x, [p["mib"] / 1024 for p in points], "s--", label="GiB")
+        plot.set_xticks(x, [str(v) for v in x])
+        plot.minorticks_off()
+        plot.set_xlabel(name)
+    plots[0].legend()
+    figure.savefig(HERE / "scaling.png", dpi=90)
+
+
+def main() -> None:
+    axes = {name: [in_process({name: value}) for value in values] for name, values in AXES.items()}
+    exponents = {}
+    for name, points in axes.items():
+        x = [p[name] for p in points]
+        exponents[name] = {key: round(exponent(x, [p[key] for p in points]), 2) for key in ("seconds", "mib")}
+        print(name, exponents[name], [(p[name], round(p["seconds"], 2), round(p["mib"])) for p in points], flush=True)
+    longer = {"completion": 256, "prompt": 256}
+    options = {name: in_process(longer | option) for name, option in OPTIONS.items()}
+    for name, result in options.items():
+        print(
+            f"{name:<36} {result['seconds']:.2f} s, {result['mib']:.0f} MiB, {result['tokens']:.0f} tokens, gap {result['gap']:.1e}"
+        )
+    summary = {"command": "python benchmarks/scaling.py", "machine": f"{platform.machine()}, two cores", "base": BASE}
+    summary |= {"axes": axes, "exponents_of_the_last_step": exponents, "options_at_256_plus_256": options}
+    (HERE / "scaling.json").write_text(json.dumps(summary, indent=1) + "\n")
+    draw(axes)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(json.loads(sys.argv[1]))))
+    else:
+        main()
