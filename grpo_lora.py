@@ -467,9 +467,8 @@ class _RoomyLayer(DynamicLayer):
             old, buffer = getattr(self, name), self.buffers.get(name)
             past = old.shape[-2] if old.numel() else 0
             end = past + new.shape[-2]
-            if (
-                buffer is None or old.data_ptr() != buffer.data_ptr() or end > buffer.shape[-2]
-            ):  # new, or rows were dropped
+            moved = buffer is None or old.data_ptr() != buffer.data_ptr()  # nothing there yet, or rows were dropped
+            if buffer is None or moved or end > buffer.shape[-2]:
                 buffer = self.buffers[name] = new.new_empty(*new.shape[:2], end + self.room, new.shape[-1])
                 if past:
                     buffer[:, :, :past] = old
@@ -766,29 +765,26 @@ def completion_logps(
     lm, mask, G = CausalLM(model), rollout.completion_mask, rollout.num_generations
     checkpointed = any(getattr(m, "gradient_checkpointing", False) and m.training for m in lm.core.modules())
     share = share_prompt and lm.takes_cache and not (checkpointed and torch.is_grad_enabled())
+    width = max(
+        mask.shape[1] - 1, int(lm.sharded)
+    )  # sharded: as many forwards for rows of one token as for longer ones
     rows = []
     for block in lm.blocks(len(rollout.prompt_ids), together=share):
         columns = rollout.prompt_mask[block].any(dim=0)
         prompt, prompt_mask = rollout.prompt_ids[block][:, columns], rollout.prompt_mask[block][:, columns]  # (p, L)
-        inputs = rollout.completion_ids[block.start * G : block.stop * G, :-1]  # (p·G, T - 1), what predicts a token
+        inputs = rollout.completion_ids[block.start * G : block.stop * G, :width]  # (p·G, T - 1), what predicts a token
         seen = torch.cat([prompt_mask.repeat_interleave(G, dim=0), torch.ones_like(inputs, dtype=torch.bool)], dim=1)
         if share:
             cache = lm.new_cache()
-            hidden = lm.hidden(prompt, prompt_mask, cache)[:, -1:].repeat_interleave(
-                G, dim=0
-            )  # predicts the first token
-            if lm.sharded and not inputs.shape[1]:  # as many forwards, and backwards, as where rows are longer
-                inputs, seen = (
-                    rollout.completion_ids[block.start * G : block.stop * G],
-                    nn.functional.pad(seen, (0, 1), value=True),
-                )
-            if inputs.shape[1]:
+            first = lm.hidden(prompt, prompt_mask, cache)[:, -1:]  # predicts the first token
+            hidden = first.repeat_interleave(G, dim=0)
+            if width:
                 cache.batch_repeat_interleave(G)
-                hidden = torch.cat([hidden, lm.hidden(inputs, seen, cache)], dim=1)[:, : mask.shape[1]]
+                hidden = torch.cat([hidden, lm.hidden(inputs, seen, cache)], dim=1)
         else:
             whole = torch.cat([prompt.repeat_interleave(G, dim=0), inputs], dim=1)
             hidden = lm.hidden(whole, seen)[:, prompt.shape[1] - 1 :]
-        rows.append(hidden)
+        rows.append(hidden[:, : mask.shape[1]])
     hidden = torch.cat(rows)  # (B, T, H)
 
     h, y = hidden[mask], rollout.completion_ids[mask]  # (n, H), (n,)
@@ -825,6 +821,20 @@ class MicroBatch:
     old_logps: Tensor | None = None  # (B, T), like the rest; None: the policy itself, before its update
     ref_logps: Tensor | None = None
     policy_mask: Tensor | None = None
+
+
+@contextmanager
+def memory_advice() -> Iterator[None]:
+    """MemoryError, naming the settings that need less, for whatever torch raises when memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise MemoryError(
+                "out of memory: lower per_device_train_batch_size (it changes no gradient), then max_completion_length or "
+                "num_generations; gradient_checkpointing and --dtype bfloat16 need less too"
+            ) from error
+        raise
 
 
 class GRPOTrainer:
@@ -878,13 +888,19 @@ class GRPOTrainer:
         dropout = [m for name, m in model.named_modules() if "lora_dropout" in name and getattr(m, "p", 0) > 0]
         if dropout and args.num_iterations > 1:
             raise ValueError("lora_dropout with num_iterations > 1: old and new log-probs would differ by it; use 0")
+        frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        self.base_fingerprint = fingerprint(frozen)
+        same_on_all(self.params.values())
         self.reference = reference or default_reference(model)
-        self.base_fingerprint = fingerprint(p for p in model.named_parameters() if not p[1].requires_grad)
         if args.gradient_checkpointing:
             lm.core.activation_checkpointing_enable({"use_reentrant": False})
         if args.fsdp:
+            if not dist.is_initialized() or not frozen:
+                raise ValueError("fsdp: spreads frozen weights over processes; start with torchrun, and train adapters")
             shard_base(model)
-        same_on_all(self.params.values())
+            if isinstance(self.reference, lora_snapshot):
+                tensors = self.reference.tensors
+                self.reference.tensors = {n: t.to(self.params[n].device) for n, t in tensors.items()}
         keep_freed_memory()
         groups = param_groups(model, args.learning_rate, args.lora_plus_ratio, args.modules_to_save_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
@@ -927,9 +943,8 @@ class GRPOTrainer:
                 mask = batch.rollout.completion_mask
                 with adapter_dropout(self.model):
                     logps, entropies = completion_logps(self.model, batch.rollout, temperature=args.temperature)
-                old_logps = (
-                    logps.detach() if batch.old_logps is None else batch.old_logps
-                )  # the former: a ratio of exactly 1
+                # with one iteration the old policy is this very one, and the ratio exactly 1
+                old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
                 loss, stats = grpo_loss(
                     logps,
                     old_logps,
@@ -953,7 +968,7 @@ class GRPOTrainer:
             means.add(1, skipped_updates=not finite)
             self.scheduler.step()
         self.tokens += sum(s["prompt_length"] + s["length"] for s in samples)
-        return {"num_tokens": self.tokens, **self.summarize(samples, rewards, advantages), **means.result()}
+        return self.summarize(samples, rewards, advantages) | means.result() | {"num_tokens": self.tokens}
 
     def sample(self, rows: Sequence[dict[str, Any]], num_generations: int) -> Rollout:
         """Completions from the policy as it is. Adapters are merged into dense weights meanwhile, where that is exact.
@@ -992,7 +1007,8 @@ class GRPOTrainer:
         rows = [row for row in rows for _ in range(G)]  # each row G times, as the completions lie; not all rows G times
         ids = [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        columns: dict[str, Any] = {key: [row.get(key) for row in rows] for row in rows for key in row}
+        keys = dict.fromkeys(key for row in rows for key in row)
+        columns: dict[str, Any] = {key: [row.get(key) for row in rows] for key in keys}
         if "solution" in columns:
             columns["answer"] = [row.get("answer", row.get("solution")) for row in rows]
         prompts = columns["prompts"] = columns.pop("prompt")
@@ -1015,10 +1031,10 @@ class GRPOTrainer:
                 raise RewardError(f"log_extra({name!r}): {len(values)} values for {len(rows)} completions")
         ended, prompt_lengths = self.ended(rollout).tolist(), rollout.prompt_mask.sum(dim=1).tolist()
         samples = [
-            {"prompt": prompts[i], "completion": texts[i], "length": len(ids[i]), "ended": ended[i]}
+            {name: values[i] for name, values in extra.items()}  # whose names must not stand in for ours
+            | {"prompt": prompts[i], "completion": texts[i], "length": len(ids[i]), "ended": ended[i]}
             | {"prompt_length": prompt_lengths[i // G]}
             | {f"rewards/{name}": score[i] for name, score in zip(self.reward_names, scores, strict=True)}
-            | {name: values[i] for name, values in extra.items()}
             for i in range(len(rows))
         ]
         by_row = [[math.nan if r is None else r for r in row] for row in zip(*scores, strict=True)]
@@ -1082,9 +1098,10 @@ class GRPOTrainer:
 
     # ---- running
 
+    @memory_advice()
     def train(self) -> dict[str, Any]:
         """Run to max_steps, or until `stop` is set. Returns the last metrics. Writes the run's files if output_dir is set."""
-        args, metrics, skipped = self.args, dict[str, Any](), 0
+        args, metrics, skipped, stopping = self.args, dict[str, Any](), 0, False
         if self.rank == 0:
             check_output_dir(args)
         if args.resume:
@@ -1095,14 +1112,13 @@ class GRPOTrainer:
             record.write({"step": 0, **self.evaluate()}, self.samples[: args.num_completions_to_log])
         off = None if self.rank == 0 else True  # None: off where there is no terminal
         bar = tqdm(total=args.max_steps, initial=self.step, desc="GRPO", unit="update", disable=off)
-        while self.step < args.max_steps and not self.stop:
+        while self.step < args.max_steps and not stopping:
             started, index = time.perf_counter(), self.step // args.num_iterations
             self.seed("update", index)
-            with memory_advice():
-                metrics = self.update(self.batch(index))
+            metrics = self.update(self.batch(index))
             self.step += args.num_iterations
             epoch = (index + 1) * args.prompts_per_step / len(self.train_dataset)
-            metrics = {"step": self.step, "epoch": epoch, **metrics, "step_time": time.perf_counter() - started}
+            metrics |= {"step": self.step, "epoch": epoch, "step_time": time.perf_counter() - started}
             warnings = watch.check(metrics | {"idle": self.idle_adapters()})
             samples, done = self.samples[: args.num_completions_to_log], self.step >= args.max_steps
             if self.eval_dataset and (done or self._due(args.eval_steps)):
@@ -1113,10 +1129,11 @@ class GRPOTrainer:
             bar.set_postfix_str(f"reward {metrics['reward']:.3f}, length {metrics['completions/mean_length']:.0f}")
             for text in warnings if self.rank == 0 else ():
                 bar.write(f"warning: update {self.step}: {text}", file=sys.stderr)
-            self.stop = any(gather(self.stop))  # all processes stop at the same update
+            stopping = any(gather(self.stop))  # asked of one, all processes stop at the same update
+            self.stop = self.stop or stopping
             skipped = skipped + 1 if metrics["skipped_updates"] == 1 else 0
             broken = skipped >= MAX_SKIPPED
-            saving = self.stop or broken or (args.save_steps and (done or self._due(args.save_steps)))
+            saving = stopping or broken or (args.save_steps and (done or self._due(args.save_steps)))
             if args.output_dir and saving and self.rank == 0 and self.finite():
                 record.sync()
                 save_checkpoint(self)
@@ -1200,7 +1217,7 @@ class GRPOTrainer:
         for name, values in zip(self.reward_names, rewards.unbind(-1), strict=True):
             metrics[f"rewards/{name}/mean"] = values.nanmean().item()
             metrics[f"rewards/{name}/std"] = _nanstd(values.flatten(), dim=0).item()
-        metrics |= {"reward": total.nanmean().item(), **self.reward_metrics.result()}
+        metrics = self.reward_metrics.result() | metrics | {"reward": total.nanmean().item()}
         self.reward_metrics = WeightedMeans()
         if advantages is not None:
             metrics["reward_std"] = _nanstd(total.flatten(), dim=0).item()
@@ -1279,7 +1296,9 @@ def call_reward(
             scores = function(**columns)
             if inspect.isawaitable(scores):
                 scores = wait_for(scores)
-        scores = [None if score is None else float(score) for score in scores]
+            scores = [
+                None if score is None else float(score) for score in scores
+            ]  # it may be lazy, and do its work here
     except TimeIsUp:
         raise RewardError(f"reward {name} took longer than reward_timeout = {seconds:g} s") from None
     except Exception as error:
@@ -1307,7 +1326,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         print(f"error: {what} took longer than {seconds:g} s", file=sys.stderr, flush=True)
         os._exit(1)
 
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGALRM"):
         handler = signal.signal(signal.SIGALRM, raise_it)
         timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # and again each second, if it was swallowed
         try:
@@ -1344,20 +1363,6 @@ def keep_freed_memory() -> None:
         with contextlib.suppress(AttributeError):  # a libc other than glibc
             for option, size in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD; M_MMAP_THRESHOLD
                 ctypes.CDLL(None).mallopt(option, size)
-
-
-@contextmanager
-def memory_advice() -> Iterator[None]:
-    """MemoryError, naming the settings that need less, for whatever torch raises when memory runs out."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise MemoryError(
-                "out of memory: lower per_device_train_batch_size (it changes no gradient), then max_completion_length or "
-                "num_generations; gradient_checkpointing and --dtype bfloat16 need less too"
-            ) from error
-        raise
 
 
 # ------------------------------------------------------------------------------------------------------ early warnings
@@ -1414,7 +1419,7 @@ class EarlyWarnings:
         idle = [name for name in now.get("idle", ()) if sum(bool(row["grad_norm"]) for row in self.rows) >= 3]
         looks_wrong = {
             "frac_reward_zero_std": (x := self.mean("frac_reward_zero_std", n - 5), x > 0.7 and not self.learnt()),
-            "reward": (now["reward"], n >= 40 and not self.learnt()),
+            "reward": (now["reward"], n >= 40 and now["reward"] is not None and not self.learnt()),
             "kl": (kl, kl > 0.2 and kl > 2 * kl_before),
             "entropy/first": (entropy, n >= 10 and entropy < 0.05),
             "completions/clipped_ratio": (x := self.mean("completions/clipped_ratio", n - 5), x > 0.5),
@@ -1434,10 +1439,10 @@ class EarlyWarnings:
 
     def learnt(self) -> bool:
         """Whether the reward is above that of the first updates by more than two standard errors."""
-        size = min(20, len(self.rows) // 2)
-        rewards = torch.tensor([row["reward"] or 0.0 for row in self.rows])
+        rewards = torch.tensor([row["reward"] for row in self.rows if row["reward"] is not None])
+        size = min(20, len(rewards) // 2)
         first, last = rewards[:size], rewards[-size:]
-        return bool(last.mean() - first.mean() > 2 * ((first.var() + last.var()) / size).sqrt())
+        return size > 1 and bool(last.mean() - first.mean() > 2 * ((first.var() + last.var()) / size).sqrt())
 
 
 # -------------------------------------------------------------------------------------------------- data and tokenizer
@@ -1542,6 +1547,12 @@ def check_lengths(
 # ------------------------------------------------------------------------------------------- a run's files, checkpoints
 
 MAY_CHANGE = set("output_dir resume max_steps eval_steps save_steps save_total_limit num_completions_to_log".split())
+MAY_CHANGE |= {
+    "reward_timeout",
+    "ddp_timeout",
+    "per_device_train_batch_size",
+    "gradient_checkpointing",
+}  # rounding, at most
 
 
 def check_output_dir(args: GRPOConfig) -> None:
@@ -1593,7 +1604,7 @@ class RunRecord:
         if self.files:
             print(to_json(metrics), file=self.files[0], flush=True)
             for sample in samples:
-                print(to_json({"step": metrics["step"], **sample}), file=self.files[1], flush=True)
+                print(to_json({**sample, "step": metrics["step"]}), file=self.files[1], flush=True)
 
     def sync(self) -> None:
         for file in self.files:
@@ -1683,7 +1694,8 @@ def save_checkpoint(trainer: GRPOTrainer) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(f"{final} could not be written: {error}; earlier checkpoints are as they were") from error
     if trainer.args.save_total_limit:
-        for old in _checkpoints(root)[trainer.args.save_total_limit :]:
+        mine = [p for p in _checkpoints(root) if int(p.name.removeprefix("checkpoint-")) <= trainer.step]
+        for old in mine[trainer.args.save_total_limit :]:  # later ones are damaged: passed over, and left alone
             shutil.rmtree(old)
     return final
 
@@ -1745,7 +1757,7 @@ def load_checkpoint(trainer: GRPOTrainer) -> int:
                 n: t.to(trainer.params[n].device) for n, t in load_file(folder / "reference.safetensors").items()
             }
             trainer.reference = snapshot
-        optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         trainer.optimizer.load_state_dict(optimizer["optimizer"])
         trainer.scheduler.load_state_dict(optimizer["scheduler"])
         trainer.tokens = state["tokens"]
@@ -1925,7 +1937,7 @@ class ScriptArguments:
     variant: str | None = _setting(None, f"A paper's settings, which flags then override: {', '.join(VARIANTS)}.")
     adapter: str | None = _setting(None, "Saved adapter to go on training. None: a new one.")
     dtype: str = _setting("float32", "Of the base weights; adapters are float32.", ("float32", "bfloat16", "float16"))
-    device: str = _setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: cuda where there is one.")
+    device: str = _setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one. It must have float64.")
 
 
 LEFT_OUT = {  # settings of TRL's that we lack, and what to do
@@ -1994,11 +2006,13 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
     return script, lora, args
 
 
+@memory_advice()
 def prepare(argv: Sequence[str]) -> GRPOTrainer:
     """Everything up to the first update. ValueError for bad input, as early as it can be known."""
     script, lora, args = parse(argv)
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group(timeout=timedelta(seconds=args.ddp_timeout))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=args.ddp_timeout))
     rank, world = rank_and_world()
     reward_funcs = [load_reward(spec) for spec in script.rewards.split(",") if spec.strip()]
     reward_weights(args, reward_funcs)
@@ -2006,11 +2020,15 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
         check_output_dir(args)
     try:
         auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        device = torch.device(auto if script.device == "auto" else script.device)
+        device = torch.device(auto if script.device in ("auto", "cuda") else script.device)
+        if args.fsdp and device.type != torch.device(auto).type:
+            raise ValueError(
+                f"--device {script.device}: fsdp spreads the model over {torch.device(auto).type} devices here"
+            )
         if device.type == "cuda" and world > 1:
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device, dtype=torch.float64).item()  # tokens are drawn in float64, which mps lacks
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f"--device {script.device}: {str(error).partition(chr(10))[0]}") from None
     if script.model is None:
         train, held_out = sum_problems()[:-DEMO_HELD_OUT], sum_problems()[-DEMO_HELD_OUT:]
@@ -2127,7 +2145,7 @@ def draw_curve(folder: Path, rows: list[dict[str, Any]]) -> None:
     pyplot.close(figure)
 
 
-def refuse(error: Exception, status: int) -> int:
+def refuse(error: Exception | str, status: int) -> int:
     """One line, whatever the message was made from."""
     sys.stdout.flush()
     print("error:", " ".join(printable(str(error)).split())[:1000], file=sys.stderr)
@@ -2142,8 +2160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = prepare(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
         return leave(refuse(error, 2))
-    except PeerError as error:
-        return leave(refuse(error, 1))
+    except (PeerError, MemoryError, KeyboardInterrupt) as error:
+        return leave(refuse(str(error) or "interrupted before the first update", 1))
 
     def stop(signum: int, frame: Any) -> None:
         trainer.stop = True
@@ -2155,13 +2173,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"writing to {out}/")
     try:
         trainer.train()
+        if trainer.rank == 0:
+            if trainer.stop and trainer.step < trainer.args.max_steps:
+                print(
+                    f"stopped after update {trainer.step}; go on with the same command and --output_dir {out} --resume"
+                )
+            else:
+                report(Path(str(out)), trainer.args.seed, time.perf_counter() - started)
     except (RewardError, ResumeError, FloatingPointError, MemoryError, PeerError, OSError) as error:
         return leave(refuse(error, 2 if isinstance(error, ResumeError) else 1))
-    if trainer.rank == 0:
-        if trainer.stop and trainer.step < trainer.args.max_steps:
-            print(f"stopped after update {trainer.step}; go on with the same command and --output_dir {out} --resume")
-        else:
-            report(Path(str(out)), trainer.args.seed, time.perf_counter() - started)
     return leave(0)
 
 

@@ -910,6 +910,23 @@ def test_rewards_may_be_async_may_say_none_and_are_weighted():
     assert math.isnan(update(t)["reward"]) and not any(p.grad.any() for p in t.params.values())
 
 
+def test_names_that_rewards_log_do_not_stand_in_for_ours(tmp_path):
+    def shadows(completions, log_extra, log_metric, **columns):
+        for name in ("length", "ended", "step", "advantage", "note"):
+            log_extra(name, ["x"] * len(completions))
+        for name in ("step", "reward", "grad_norm", "num_tokens", "mine"):
+            log_metric(name, -1.0)
+        return digits(completions)
+
+    metrics = trainer(reward=shadows, output_dir=str(tmp_path)).train()
+    assert (
+        metrics["step"] == 2 and min(metrics[k] for k in ("reward", "grad_norm", "num_tokens")) >= 0 > metrics["mine"]
+    )
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    sample = lines(tmp_path / "completions.jsonl")[0]
+    assert sample["step"] == 1 and sample["note"] == "x" and isinstance(sample["length"], int)
+
+
 def hanging(completions, **columns):
     while True:
         try:
@@ -924,7 +941,11 @@ async def hanging_async(completions, **columns):
             await asyncio.sleep(5)
 
 
-@pytest.mark.parametrize("function", [hanging, hanging_async])
+def hanging_lazily(completions, **columns):
+    return (hanging(completions) for _ in completions)
+
+
+@pytest.mark.parametrize("function", [hanging, hanging_async, hanging_lazily])
 def test_a_reward_that_hangs_is_stopped_and_named(function):
     started, handler = time.monotonic(), signal.getsignal(signal.SIGALRM)
     with pytest.raises(RewardError, match=f"reward {function.__name__} took longer than reward_timeout = 0.2 s"):
@@ -1104,6 +1125,10 @@ def test_warning_equal_rewards_and_no_gradient():
     assert {"frac_reward_zero_std", "grad_norm"} <= warned(equal_rewards)
 
 
+def test_warning_no_reward_at_all_is_no_crash():
+    assert "reward" not in warned(lambda completions, **columns: [None] * len(completions), max_steps=41)
+
+
 def test_warning_flat_reward():
     assert "reward" in warned(max_steps=42, learning_rate=1e-5)
 
@@ -1268,17 +1293,26 @@ def test_resuming_another_run_is_refused_with_the_setting_named(straight, name, 
         t.train()
 
 
-def test_old_checkpoints_go_and_a_full_disk_leaves_them(tmp_path, monkeypatch):
+def test_old_checkpoints_go_and_a_full_disk_leaves_the_rest(tmp_path):
     run(tmp_path, save_total_limit=2)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(grpo_lora.torch, "save", full)
-    with pytest.raises(OSError, match=r"checkpoint-8 could not be written.*No space left"):
-        run(tmp_path, max_steps=8, resume=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(p.stat().st_size for p in (tmp_path / "checkpoint-6").rglob("*"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, limits[1]))  # a write in the middle of a file fails
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-8 could not be written.*earlier checkpoints are as they were"):
+            run(tmp_path, max_steps=8, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    run(tmp_path, max_steps=8, resume=True)
+    assert (tmp_path / "checkpoint-8/manifest.json").exists()
+
+
+def test_old_checkpoints_are_counted_from_the_present_update(tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()  # damaged, and left alone
+    run(tmp_path, save_total_limit=1, resume=True)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
 
 
 def test_a_snapshot_reference_survives_resuming(tmp_path):
@@ -1655,6 +1689,11 @@ def test_torchrun_trains_and_a_killed_worker_ends_the_job_which_resumes(model_di
     result = subprocess.run([*command, "--max_steps", str(done), "--resume"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == list(range(1, done + 1))
+
+
+def test_sharding_needs_processes_and_frozen_weights():
+    with pytest.raises(ValueError, match="fsdp: spreads frozen weights over processes; start with torchrun"):
+        trainer(fsdp=True)
 
 
 def test_prompts_must_divide_among_processes(monkeypatch):
@@ -2135,6 +2174,35 @@ def test_trainer_treats_a_peft_model_as_our_own(words, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------- PEFT: the layers
+
+
+PEFT_METHODS = {
+    "LoRA": lambda peft: peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]),
+    "DoRA": lambda peft: peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True),
+    "IA3": lambda peft: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "LoHa": lambda peft: peft.LoHaConfig(r=2, target_modules=["q_proj", "down_proj"]),
+    "LoKr": lambda peft: peft.LoKrConfig(r=2, target_modules=["q_proj", "down_proj"]),
+    "VeRA": lambda peft: peft.VeraConfig(r=2, target_modules=["q_proj", "o_proj"]),
+    "OFT": lambda peft: peft.OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"]),
+}
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_trainer_runs_with_each_of_pefts_methods_and_its_file_loads_back(method, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), PEFT_METHODS[method](peft))
+    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    before = adapters_of(model)
+    t = trainer(model, output_dir=str(tmp_path), beta=0.1, learning_rate=0.05)
+    with t.reference(), torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, tiny_model()(IDS).logits)
+    t.train()
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+    assert not all(torch.equal(before[name], p) for name, p in t.params.items())
+    with t.reference(), torch.no_grad():  # still where training started
+        torch.testing.assert_close(model(IDS).logits, tiny_model()(IDS).logits)
+    loaded = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(IDS).logits, model.eval()(IDS).logits)
 
 
 def adapter_of(peft_model):

@@ -33,7 +33,7 @@ import test_training  # noqa: E402
 
 JUDGED = {  # of grpo_lora.py
     "group_advantages", "_nanstd", "combine_rewards", "multi_objective_advantages", "completion_mask", "kl_penalty",
-    "grpo_loss", "CausalLM", "Rollout", "generate", "_decode", "_TokenLogps", "_chunk_logps", "completion_logps",
+    "grpo_loss", "CausalLM", "_RoomyLayer", "Rollout", "generate", "_decode", "_TokenLogps", "_chunk_logps", "completion_logps",
     "evaluating", "adapter_dropout", "default_reference",
 }  # fmt: skip
 SWAPS = {
@@ -98,7 +98,13 @@ def mutants(file: str):
             put(other)
             text = ast.unparse(ast.fix_missing_locations(tree))
             put(old)
-            yield {"file": file, "line": line, "was": before[:100], "is": ast.unparse(other)[:100]}, source, text
+            about = {
+                "file": file,
+                "source": source.splitlines()[line - 1].strip(),
+                "was": before,
+                "is": ast.unparse(other),
+            }
+            yield about, source, text
 
 
 def usable(tests: dict) -> dict:
@@ -116,6 +122,7 @@ def usable(tests: dict) -> dict:
     return {n: f for n, f in tests.items() if fits(f) and not any(s in n for s in slow)}
 
 
+EQUIVALENT: dict[tuple[str, str, str], str] = {}  # (source line, was, is) -> why nothing can notice
 LATE = "not (gallery or processes or process_that_dies or torchrun or random_moments or signal_finishes or thousand or "
 LATE += "killed or hangs or demo or frequency or warning or out_of_memory or trls_accumulated or family_is_scored)"
 
@@ -213,9 +220,9 @@ def main() -> None:
     while running:
         finish()
 
-    survivors = [{k: r[k] for k in ("file", "line", "was", "is")} for r in results if not r["killed_by"]]
+    survivors = [{k: r[k] for k in ("file", "source", "was", "is")} for r in results if not r["killed_by"]]
     for mutant in survivors:
-        mutant["why"] = EQUIVALENT.get((mutant["was"], mutant["is"]), "")
+        mutant["why"] = EQUIVALENT.get((mutant["source"], mutant["was"], mutant["is"]), "")
     killed = len(results) - len(survivors)
     command = "python benchmarks/mutate.py" + (f" --every {options.every}" if options.every > 1 else "")
     summary = {"command": command, "mutants": len(results), "killed": killed, "score": killed / len(results)}

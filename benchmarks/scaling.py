@@ -40,11 +40,11 @@ OPTIONS = {
 def measure(point: dict) -> dict:
     """Seconds, peak memory and tokens of an update at one point."""
     import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     import grpo_lora
     from lora import LoRAConfig, apply_lora
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
     V, H = point["vocabulary"], point["width"]
@@ -117,10 +117,8 @@ def main() -> None:
         print(name, exponents[name], [(p[name], round(p["seconds"], 2), round(p["mib"])) for p in points], flush=True)
     longer = {"completion": 256, "prompt": 256}
     options = {name: in_process(longer | option) for name, option in OPTIONS.items()}
-    for name, result in options.items():
-        print(
-            f"{name:<36} {result['seconds']:.2f} s, {result['mib']:.0f} MiB, {result['tokens']:.0f} tokens, gap {result['gap']:.1e}"
-        )
+    for name, r in options.items():
+        print(f"{name:<36} {r['seconds']:.2f} s, {r['mib']:.0f} MiB, {r['tokens']:.0f} tokens, gap {r['gap']:.1e}")
     summary = {"command": "python benchmarks/scaling.py", "machine": f"{platform.machine()}, two cores", "base": BASE}
     summary |= {"axes": axes, "exponents_of_the_last_step": exponents, "options_at_256_plus_256": options}
     (HERE / "scaling.json").write_text(json.dumps(summary, indent=1) + "\n")
