@@ -54,11 +54,13 @@ def measure(point: dict) -> dict:
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(getattr(torch, point.get("dtype", "float32")))
     apply_lora(model, LoRAConfig(r=16, lora_alpha=32))
-    backend = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
+    backend = Tokenizer(
+        models.WordLevel({"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, V)}, unk_token="<pad>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="1", pad_token="0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
     words = torch.randint(2, V, (8, point["prompt"])).tolist()
-    rows = [{"prompt": " ".join(map(str, ids))} for ids in words]
+    rows = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in words]
     reward = lambda completion_ids, **columns: [sum(ids) % 7 for ids in completion_ids]
     args = grpo_lora.GRPOConfig(
         prompts_per_step=point["P"], num_generations=point["G"], max_completion_length=point["completion"],
