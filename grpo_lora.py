@@ -2,6 +2,7 @@
 
     python grpo_lora.py                                         the demo: two CPU cores, no network, about a minute
     python grpo_lora.py --model M --data FILE.jsonl --rewards accuracy,format        your own model and data
+    torchrun --nproc-per-node 4 grpo_lora.py ...                                     several processes
     from grpo_lora import group_advantages, grpo_loss, generate, completion_logps     or copy them out
 
 GRPO (Shao et al. 2024, DeepSeekMath) samples G completions of each prompt, scores them, and pushes each one up or down by
@@ -1118,7 +1119,8 @@ class GRPOTrainer:
             metrics = self.update(self.batch(index))
             self.step += args.num_iterations
             epoch = (index + 1) * args.prompts_per_step / len(self.train_dataset)
-            metrics |= {"step": self.step, "epoch": epoch, "step_time": time.perf_counter() - started}
+            own = {"step": self.step, "epoch": epoch, "step_time": time.perf_counter() - started}
+            metrics = own | metrics | own  # first, and not to be replaced by what a reward logs
             warnings = watch.check(metrics | {"idle": self.idle_adapters()})
             samples, done = self.samples[: args.num_completions_to_log], self.step >= args.max_steps
             if self.eval_dataset and (done or self._due(args.eval_steps)):

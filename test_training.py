@@ -254,6 +254,25 @@ def test_prompts_go_through_together_only_where_left_padding_is_safe():
         assert len(CausalLM(model).blocks(2)) == blocks
 
 
+def test_a_cache_has_room_where_all_is_kept_and_stays_a_window_where_that_slides():
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+    gemma = tiny_model(config=transformers.Gemma3TextConfig, num_hidden_layers=2, hidden_size=32, **windows)
+    kinds = [type(layer).__name__ for layer in CausalLM(gemma).new_cache(room=4).layers]
+    assert kinds == ["DynamicSlidingWindowLayer", "_RoomyLayer"]
+    assert {type(layer).__name__ for layer in CausalLM(gemma).new_cache().layers} == {
+        "DynamicSlidingWindowLayer",
+        "DynamicLayer",
+    }
+    lm, (ids, mask) = CausalLM(tiny_model()), prompts()
+    cache = lm.new_cache(room=8)
+    lm.hidden(ids, mask, cache)
+    place = cache.layers[0].keys.data_ptr()
+    for _ in range(8):
+        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+        lm.hidden(ids[:, :1], mask, cache)
+    assert cache.layers[0].keys.data_ptr() == place and cache.get_seq_length() == 15  # nothing was copied
+
+
 def test_a_group_that_is_masked_whole_keeps_one_column():
     rollout = sample(tiny_model(), *prompts())
     rollout.completion_mask[:3] = False
@@ -2187,6 +2206,13 @@ PEFT_METHODS = {
 }
 
 
+def test_pefts_virtual_tokens_are_refused():
+    peft = pytest.importorskip("peft")
+    virtual = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="peft adapter 'default' adds virtual tokens"):
+        CausalLM(peft.get_peft_model(tiny_model(), virtual))
+
+
 @pytest.mark.parametrize("method", PEFT_METHODS)
 def test_trainer_runs_with_each_of_pefts_methods_and_its_file_loads_back(method, tmp_path):
     peft = pytest.importorskip("peft")
@@ -2601,6 +2627,11 @@ GALLERY = [
     Bug(29, "the sampler's log-probs compared with those of a policy that has moved since", "this project", "grpo_lora.py",
         "gap = (old_logps - batch.rollout.logps)", "gap = (logps.detach() - batch.rollout.logps)",
         "test_the_gap_compares_sampler_and_scorer_of_one_policy"),
+    Bug(30, "old checkpoints counted from a damaged later one, so that the new one is deleted", "this project", "grpo_lora.py",
+        'mine = [p for p in _checkpoints(root) if int(p.name.removeprefix("checkpoint-")) <= trainer.step]', "mine = _checkpoints(root)",
+        "test_old_checkpoints_are_counted_from_the_present_update"),
+    Bug(31, "what a reward logs replaces the trainer's own metric of that name", "this project", "grpo_lora.py",
+        "metrics = own | metrics | own", "metrics = own | metrics", "test_names_that_rewards_log_do_not_stand_in_for_ours"),
 ]
 # fmt: on
 HERE = Path(__file__).parent
@@ -2659,6 +2690,6 @@ def test_gallery_every_known_bug_is_noticed_when_put_back_in(bug, monkeypatch):
 
 
 def test_gallery_covers_all_bugs_and_readme_lists_them():
-    assert {bug.number for bug in GALLERY} == set(range(1, 30))
+    assert {bug.number for bug in GALLERY} == set(range(1, 32))
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     assert all(f"| {bug.number} | {bug.what} | {bug.seen} | `{bug.test}` |" in readme for bug in GALLERY)

@@ -134,8 +134,8 @@ def ranks(folder: Path) -> dict:
 
 
 def demo_warnings(seeds: int, folder: Path) -> dict:
-    """The demo is healthy: what it is warned of."""
-    said = {}
+    """The demo is healthy: what it is warned of, and how well it did."""
+    found = {}
     for seed in range(seeds):
         command = [
             sys.executable,
@@ -146,10 +146,11 @@ def demo_warnings(seeds: int, folder: Path) -> dict:
             f"demo-{seed}",
         ]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        said[f"seed {seed}"] = [
-            w for row in tests.lines(folder / f"demo-{seed}/metrics.jsonl") for w in row.get("warnings", ())
-        ]
-    return said
+        summary = json.loads((folder / f"demo-{seed}/summary.json").read_text())
+        rows = tests.lines(folder / f"demo-{seed}/metrics.jsonl")
+        warnings = [text for row in rows for text in row.get("warnings", ())]
+        found[f"seed {seed}"] = {"accuracy_after": summary["accuracy_after"], "warnings": warnings}
+    return found
 
 
 def main() -> None:

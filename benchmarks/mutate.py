@@ -118,11 +118,40 @@ def usable(tests: dict) -> dict:
             for n in (m.args[0].split(",") if isinstance(m.args[0], str) else m.args[0])
         }
     )
-    slow = ("gallery", "thousand", "merging_a", "262", "frequency")
+    slow = ("gallery", "thousand", "merging_a", "262", "frequency", "process", "hangs", "warning")
     return {n: f for n, f in tests.items() if fits(f) and not any(s in n for s in slow)}
 
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {}  # (source line, was, is) -> why nothing can notice
+EDGE = "the two differ only where the numbers are equal, and there both ways give the same"
+ZERO = "the two differ only where A = 0, and there everything it multiplies is 0"
+AXES = "axis 2 of the four of a key is axis -2"
+BUFFER = "if buffer is None or moved or end > buffer.shape[-2]:"
+EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
+    ("nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "pass"):
+        "nn.Linear has just drawn A from the same distribution; the line is there to be read",
+    ('names = ", ".join(sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()}))', "-1", "1"):
+        "which names a refusal suggests",
+    ('json.dumps(config, indent=2, sort_keys=True) + "\\n", encoding="utf-8"', "True", "False"): "the order of keys in a file",
+    ('start, last = -1, ""', "-1", "1"): "what is in a box starts at 7 at the earliest",
+    ("if boxed and begin > start:", "begin > start", "begin >= start"): "no two boxes start at one place",
+    ("scores.append(0.0 if over <= 0 else -1.0 if over >= cache else -over / cache)", "over >= cache", "over > cache"): EDGE,
+    ("scores.append(0.0 if over <= 0 else -1.0 if over >= cache else -over / cache)", "over <= 0", "over < 0"): EDGE,
+    ("tau = torch.where(A > 0, A.new_tensor(sapo_temperature_pos), A.new_tensor(sapo_temperature_neg))", "A > 0", "A >= 0"):
+        ZERO,
+    ("lam, k = torch.where(A >= 0, 3.0, 2.0), torch.where(A >= 0, 2.0, 3.0)", "A >= 0", "A > 0"): ZERO,
+    ('stats["clip_ratio/low_mean"] = (ratio < 1 - epsilon) & (A < 0)', "ratio < 1 - epsilon", "ratio <= 1 - epsilon"): EDGE,
+    ('stats["clip_ratio/high_mean"] = (ratio > 1 + high) & (A > 0)', "ratio > 1 + high", "ratio >= 1 + high"): EDGE,
+    ("loss = loss / (max_completion_length or 1)", "1", "2"): "None was refused at the start of the function",
+    (BUFFER, "end > buffer.shape[-2]", "end >= buffer.shape[-2]"): "one more copy, of the same",
+    (BUFFER, "-2", "2"): AXES, ("end = past + new.shape[-2]", "-2", "2"): AXES,
+    (BUFFER, "2", "3"): "axis -3, the heads: a buffer that is then made anew more often, with the same in it",
+    ("dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)", "1", "2"): "tokens nobody looks at",
+    ("dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)", "0", "1"): "tokens nobody looks at",
+    ("self.core(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.core.device))", "1", "2"): "tokens nobody looks at",
+    ('if getattr(config, "is_decoder", True) is False and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:',
+        "True", "False"): "all configs of encoders have is_decoder",
+    ("def new_cache(self, room: int = 0) -> DynamicCache:", "0", "1"): "a cache with room holds the same",
+}  # fmt: skip
 LATE = "not (gallery or processes or process_that_dies or torchrun or random_moments or signal_finishes or thousand or "
 LATE += "killed or hangs or demo or frequency or warning or out_of_memory or trls_accumulated or family_is_scored)"
 

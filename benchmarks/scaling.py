@@ -98,12 +98,13 @@ def draw(axes: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, plots = pyplot.subplots(1, len(axes), figsize=(13, 2.8), layout="constrained")
+    figure, plots = pyplot.subplots(1, len(axes), figsize=(13, 2.8), layout="constrained", sharey=True)
     for plot, (name, points) in zip(plots, axes.items(), strict=True):
         x = [p[name] for p in points]
         plot.loglog(x, [p["seconds"] for p in points], "o-", label="seconds")
         plot.loglog(x, [p["mib"] / 1024 for p in points], "s--", label="GiB")
-        plot.set_xticks(x, [str(v) for v in x])
+        plot.set_xticks(x, [f"{v // 1024}k" if v > 9999 else str(v) for v in x])
+        plot.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
         plot.minorticks_off()
         plot.set_xlabel(name)
     plots[0].legend()
