@@ -229,6 +229,9 @@ def test_a_completion_of_t_tokens_takes_t_forwards_of_one_token_each_but_the_fir
     )
     rollout = sample(model, ids, mask, eos_token_ids=[], max_completion_length=5)
     assert rollout.completion_ids.shape == (6, 5) and seen == [(2, 7)] + [(6, 1)] * 4
+    seen.clear()
+    rollout = sample(model, ids, mask, eos_token_ids=range(5, 36), max_completion_length=20)
+    assert len(seen) == rollout.completion_ids.shape[1] < 20  # none after the last row has ended
 
 
 def test_draws_need_no_generator_and_one_that_rounds_to_one_gives_the_last_token(monkeypatch):

@@ -125,6 +125,7 @@ def usable(tests: dict) -> dict:
 EDGE = "the two differ only where the numbers are equal, and there both ways give the same"
 ZERO = "the two differ only where A = 0, and there everything it multiplies is 0"
 AXES = "axis 2 of the four of a key is axis -2"
+DUMMY = "for _ in range(t + 1, steps if lm.sharded else 0):  # the other processes may still be writing"
 BUFFER = "if buffer is None or moved or end > buffer.shape[-2]:"
 EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
     ("nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "pass"):
@@ -150,6 +151,25 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
     ("self.core(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.core.device))", "1", "2"): "tokens nobody looks at",
     ('if getattr(config, "is_decoder", True) is False and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:',
         "True", "False"): "all configs of encoders have is_decoder",
+    ("tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)", "True", "False"):
+        "a draw lies on a boundary once in 2 ** 53",
+    ("lm.hidden(prompt_ids[:1], prompt_mask[:1])", "1", "2"): "a dummy forward for the other processes, of two rows",
+    (DUMMY, "0", "1"): "t + 1 is above 1 already",
+    (DUMMY, "steps if lm.sharded else 0", "0 if lm.sharded else steps"): "a gap, since closed by a test that counts forwards",
+    ("slope = p.mul_(-1 / T).scatter_add_(1, y.unsqueeze(1), p.new_full((len(y), 1), 1 / T))", "1", "2"):
+        "a second column, which scatter_add_ does not read",
+    ('entropies.append(-torch.einsum("nv,nv->n", p, z.clamp_(min=-1e4)))  # 0 log 0 = 0', "10000.0", "10001.0"):
+        "any finite number does",
+    ('raise ValueError(', "raise ValueError(f'peft adapter {name!r} adds virtual tokens "
+        "outside the inner model; use LoRA or the like')",
+        "pass"): "a gap, since closed by test_pefts_virtual_tokens_are_refused",
+    ("cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]",
+        "_RoomyLayer(room) if type(layer) is DynamicLayer else layer",
+        "layer if type(layer) is DynamicLayer else _RoomyLayer(room)"): "a gap, since closed by test_a_cache_has_room_...",
+    ("model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 128",
+        "True", "False"): "both paths give the same, which other tests show",
+    ("return zero + torch.zeros_like(mask, dtype=h.dtype), torch.zeros_like(mask, dtype=h.dtype)",
+        "zero + torch.zeros_like(mask, dtype=h.dtype)", "zero - torch.zeros_like(mask, dtype=h.dtype)"): "zeros",
     ("def new_cache(self, room: int = 0) -> DynamicCache:", "0", "1"): "a cache with room holds the same",
 }  # fmt: skip
 LATE = "not (gallery or processes or process_that_dies or torchrun or random_moments or signal_finishes or thousand or "
