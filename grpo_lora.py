@@ -1376,7 +1376,7 @@ WARNINGS = {  # what is said of a metric that looks wrong: what it means, and wh
     "reward": "no higher than at first; is learning_rate high enough (an adapter needs about ten times the rate of full "
     "training), and does the reward tell completions apart?",
     "kl": "doubled within five updates: the policy runs away from its reference; lower learning_rate or raise beta",
-    "entropy/first": "the policy hardly explores any more; lower learning_rate or raise epsilon_high",
+    "entropy/first": "the policy hardly explores any more; lower learning_rate or raise epsilon_high, if the task is unsolved",
     "completions/clipped_ratio": "most completions are cut off; raise max_completion_length or ask for shorter answers",
     "clip_ratio/region_mean": "so many tokens have no gradient left; lower learning_rate or num_iterations",
     "grad_norm": "nothing is learnt; do rewards differ within a group, and does anything require gradients?",
