@@ -2,6 +2,7 @@
 
     python grpo_lora.py                                         the demo: two CPU cores, no network, about a minute
     python grpo_lora.py --model M --data FILE.jsonl --rewards accuracy,format        your own model and data
+    python grpo_lora.py --model M --data FILE.jsonl --tune                           find a learning rate first
     torchrun --nproc-per-node 4 grpo_lora.py ...                                     several processes
     from grpo_lora import group_advantages, grpo_loss, generate, completion_logps     or copy them out
 
@@ -26,6 +27,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -159,7 +161,7 @@ class GRPOConfig:
     mask_truncated_completions: bool = _setting(False, "Leave completions without an EOS out of the loss.")
     top_entropy_quantile: float = _setting(1.0, "Share of tokens, the most uncertain, that the policy term trains on.")
     # the optimiser: AdamW
-    learning_rate: float = _setting(1e-4, "Peak learning rate of the adapter.")
+    learning_rate: float | None = _setting(None, "Peak learning rate. None: see default_learning_rate; or --tune.")
     lora_plus_ratio: float = _setting(1.0, "LoRA+: B's learning rate over A's.")
     modules_to_save_learning_rate: float | None = _setting(None, "For parameters trained in full. None: learning_rate.")
     lr_scheduler_type: str = _setting("constant_with_warmup", "Schedule of the learning rate.", SCHEDULES)
@@ -178,6 +180,9 @@ class GRPOConfig:
     save_steps: int = _setting(50, "Checkpoint every so many updates, and at the end. 0: never.")
     save_total_limit: int | None = _setting(2, "Checkpoints to keep. None: all.")
     num_completions_to_log: int = _setting(8, "Rows of each batch that go into completions.jsonl.")
+    log_tokens_steps: int | None = _setting(
+        None, "Every so many updates, record what they did to each token of these rows (benchmarks/report.py shows it)."
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -189,7 +194,7 @@ class GRPOConfig:
             2: "num_generations",
         }
         above_0 = "temperature max_grad_norm sapo_temperature_pos sapo_temperature_neg epsilon_high delta"
-        above_0 += " top_entropy_quantile eval_steps save_total_limit modules_to_save_learning_rate"
+        above_0 += " top_entropy_quantile eval_steps save_total_limit modules_to_save_learning_rate log_tokens_steps"
         above_0 += " reward_timeout ddp_timeout"
         why = {
             "num_generations": " (an advantage compares completions of one prompt)",
@@ -817,6 +822,7 @@ class ResumeError(ValueError):
 class MicroBatch:
     """Some groups of a rollout, and what stays fixed about them while the policy moves."""
 
+    prompts: list[int]  # which of the whole rollout's
     rollout: Rollout
     advantages: Tensor  # (B,)
     old_logps: Tensor | None = None  # (B, T), like the rest; None: the policy itself, before its update
@@ -869,6 +875,9 @@ class GRPOTrainer:
                 f"prompts_per_step = {args.prompts_per_step}: must be a multiple of the {self.world} processes"
             )
         self.model: Any = model
+        args = dataclasses.replace(args)  # ours: the caller's stays as it is
+        if args.learning_rate is None:
+            args.learning_rate = default_learning_rate(model)
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
         lm = CausalLM(model)  # refuses models that it cannot be right for
         name = getattr(lm.core.config, "_name_or_path", "")
@@ -916,6 +925,7 @@ class GRPOTrainer:
         self.reward_metrics = WeightedMeans()  # what reward functions log
         self.step = 0  # optimiser updates made
         self.tokens = 0  # prompt and completion tokens trained on
+        self.last: tuple[Rollout, list[MicroBatch]]  # what the last update was made of
         self.stop = False  # set from outside (a signal): finish the update in hand, save, return
 
     # ---- the algorithm
@@ -969,6 +979,7 @@ class GRPOTrainer:
             means.add(1, skipped_updates=not finite)
             self.scheduler.step()
         self.tokens += sum(s["prompt_length"] + s["length"] for s in samples)
+        self.last = rollout, micro_batches  # for token_changes
         return self.summarize(samples, rewards, advantages) | means.result() | {"num_tokens": self.tokens}
 
     def sample(self, rows: Sequence[dict[str, Any]], num_generations: int) -> Rollout:
@@ -1060,7 +1071,7 @@ class GRPOTrainer:
         groups.sort(key=lambda p: lengths[p])
         size = max(1, args.per_device_train_batch_size // G)
         chosen = [groups[i : i + size] for i in range(0, len(groups), size)]
-        batches = [MicroBatch(rollout.select(some), advantages[some].flatten()) for some in chosen]
+        batches = [MicroBatch(some, rollout.select(some), advantages[some].flatten()) for some in chosen]
         with evaluating(self.model):
             for batch in batches:
                 if args.num_iterations > 1:
@@ -1100,9 +1111,11 @@ class GRPOTrainer:
     # ---- running
 
     @memory_advice()
-    def train(self) -> dict[str, Any]:
-        """Run to max_steps, or until `stop` is set. Returns the last metrics. Writes the run's files if output_dir is set."""
+    def train(self, until: int | None = None) -> dict[str, Any]:
+        """Run to max_steps, to update `until`, or till `stop` is set. Returns the last metrics. Writes the run's files if
+        output_dir is set."""
         args, metrics, skipped, stopping = self.args, dict[str, Any](), 0, False
+        last = min(until or args.max_steps, args.max_steps)
         if self.rank == 0:
             check_output_dir(args)
         if args.resume:
@@ -1112,8 +1125,8 @@ class GRPOTrainer:
         if self.eval_dataset and self.step == 0:
             record.write({"step": 0, **self.evaluate()}, self.samples[: args.num_completions_to_log])
         off = None if self.rank == 0 else True  # None: off where there is no terminal
-        bar = tqdm(total=args.max_steps, initial=self.step, desc="GRPO", unit="update", disable=off)
-        while self.step < args.max_steps and not stopping:
+        bar = tqdm(total=last, initial=self.step, desc="GRPO", unit="update", disable=off)
+        while self.step < last and not stopping:
             started, index = time.perf_counter(), self.step // args.num_iterations
             self.seed("update", index)
             metrics = self.update(self.batch(index))
@@ -1122,7 +1135,9 @@ class GRPOTrainer:
             own = {"step": self.step, "epoch": epoch, "step_time": time.perf_counter() - started}
             metrics = own | metrics | own  # first, and not to be replaced by what a reward logs
             warnings = watch.check(metrics | {"idle": self.idle_adapters()})
-            samples, done = self.samples[: args.num_completions_to_log], self.step >= args.max_steps
+            samples, done = self.samples[: args.num_completions_to_log], self.step >= last
+            if self._due(args.log_tokens_steps):
+                samples = [sample | change for sample, change in zip(samples, self.token_changes(), strict=False)]
             if self.eval_dataset and (done or self._due(args.eval_steps)):
                 metrics |= self.evaluate()
                 samples += self.samples[: args.num_completions_to_log]
@@ -1174,6 +1189,32 @@ class GRPOTrainer:
             metrics["accuracy"] = sum(graded) / len(graded)
         self.samples = [{"split": "eval", **sample} for sample in samples]
         return {f"eval_{key}": value for key, value in metrics.items()}
+
+    def token_changes(self) -> list[dict[str, Any]]:
+        """Of the first rows of the last batch, per token: its text, its log-prob when it was sampled and now, and whether
+        the loss saw it. Whole groups, enough for num_completions_to_log."""
+        args, (rollout, micro_batches), G = self.args, self.last, self.args.num_generations
+        trained = rollout.completion_mask.clone()
+        for batch in micro_batches:
+            for p, kept in zip(
+                batch.prompts, [] if batch.policy_mask is None else batch.policy_mask.split(G), strict=False
+            ):
+                trained[p * G : (p + 1) * G, : kept.shape[1]] &= kept
+        written = completion_mask(rollout.completion_ids, self.eos_token_ids)
+        groups = range(min(-(-args.num_completions_to_log // G), len(rollout.prompt_ids)))
+        shown = dataclasses.replace(rollout, completion_mask=written).select(groups)
+        with torch.no_grad(), evaluating(self.model):
+            logps, _ = completion_logps(self.model, shown, temperature=args.temperature)
+        return [
+            {
+                "group": row // G,
+                "tokens": [self.tokenizer.decode([i]) for i in shown.completion_ids[row, :n].tolist()],
+                "logps_sampled": shown.logps[row, :n].tolist(),
+                "logps_after": logps[row, :n].tolist(),
+                "trained": trained[row, :n].tolist(),
+            }
+            for row, n in enumerate(shown.completion_mask.sum(dim=1).tolist())
+        ]
 
     def batch(self, index: int) -> list[dict[str, Any]]:
         """This process's prompts of optimiser batch `index`: a new permutation each epoch, a function of the seed alone."""
@@ -1262,6 +1303,20 @@ def adapter_dropout(model: nn.Module) -> Iterator[None]:
         for name, module in model.named_modules():
             module.training = "lora_dropout" in name or getattr(module, "gradient_checkpointing", False)
         yield
+
+
+def default_learning_rate(model: nn.Module) -> float:
+    """Where to start when nothing is tuned.    5e-4 (2000/H)^0.78 · 32/(s·r) for adapters, 5e-5 (2000/H)^0.78 for all weights
+
+    H: the model's width. Schulman et al. (2025, "LoRA Without Regret"; constants: tinker-cookbook) fitted it at α = 32,
+    where s·r = α. Adam moves each number of B by the rate, so s·B A by s·r times that: with s = α/r the rank cancels,
+    and with rsLoRA it does not. Adapters other than ours count as s·r = 32. Two significant digits.
+    """
+    width = CausalLM(model).core.config.get_text_config().hidden_size
+    reach = [m.scaling * m.lora_A.out_features for m in model.modules() if isinstance(m, LoRALinear)]
+    adapters = reach or any(not p.requires_grad for p in model.parameters())
+    rate = 5e-5 * (2000 / width) ** 0.78 * (10 * 32 / max(reach, default=32.0) if adapters else 1)
+    return float(f"{rate:.2g}")
 
 
 def default_reference(model: nn.Module) -> Callable[[], Any]:
@@ -1548,7 +1603,8 @@ def check_lengths(
 
 # ------------------------------------------------------------------------------------------- a run's files, checkpoints
 
-MAY_CHANGE = set("output_dir resume max_steps eval_steps save_steps save_total_limit num_completions_to_log".split())
+MAY_CHANGE = set("output_dir resume max_steps eval_steps save_steps save_total_limit".split())
+MAY_CHANGE |= {"num_completions_to_log", "log_tokens_steps"}
 MAY_CHANGE |= {
     "reward_timeout",
     "ddp_timeout",
@@ -1855,6 +1911,7 @@ DEMO_SETTINGS = {  # what `python grpo_lora.py` does, unless told otherwise
     "lora_alpha": 8,
     "eval_steps": 10,
     "save_steps": 25,
+    "log_tokens_steps": 10,
 }
 
 
@@ -1877,7 +1934,7 @@ def demo_tokenizer() -> Any:
     return tokenizer
 
 
-def make_demo_model(directory: Path, steps: int = 600) -> None:
+def make_demo_model(directory: Path, steps: int = 600, width: int = 128) -> None:
     """Pre-train a tiny chat model on sums of three digits, with two habits: to answer at once, mostly wrong, and to think
     first, which comes out right. It prefers the first. GRPO will find out that the second pays.
 
@@ -1886,7 +1943,7 @@ def make_demo_model(directory: Path, steps: int = 600) -> None:
     tokenizer = demo_tokenizer()
     transformers.set_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
@@ -1938,6 +1995,9 @@ class ScriptArguments:
     rewards: str = _setting("accuracy", "Comma-separated: names (see rewards.py), file.py:function, module:function.")
     variant: str | None = _setting(None, f"A paper's settings, which flags then override: {', '.join(VARIANTS)}.")
     adapter: str | None = _setting(None, "Saved adapter to go on training. None: a new one.")
+    tune: str | None = _setting(
+        None, "Instead of one run, find this by short ones.", ("learning_rate", "learning_rate,r")
+    )
     dtype: str = _setting("float32", "Of the base weights; adapters are float32.", ("float32", "bfloat16", "float16"))
     device: str = _setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one. It must have float64.")
 
@@ -1957,13 +2017,35 @@ LEFT_OUT = {  # settings of TRL's that we lack, and what to do
 }
 
 
+def expand(argv: Sequence[str]) -> list[str]:
+    """Each @FILE becomes the settings in that file, which are written as on the command line."""
+    words: list[str] = []
+    for word in argv:
+        try:
+            words += shlex.split(Path(word[1:]).read_text(encoding="utf-8")) if word.startswith("@") else [word]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{word}: not a file of settings: {error}") from None
+    return words
+
+
+def without(argv: Sequence[str], *names: str) -> list[str]:
+    """The command line without some settings and their values."""
+    words, leaving = [], False
+    for word in argv:
+        if word.startswith("--"):
+            leaving = word[2:].partition("=")[0].replace("-", "_") in names
+        words += [] if leaving else [word]
+    return words
+
+
 def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]:
     """Command line -> settings. A flag beats the variant, which beats the demo's and the default values."""
+    argv = expand(argv)
     kinds: Any = [ScriptArguments, LoRAConfig, GRPOConfig]
     parser = HfArgumentParser(
         kinds,
         allow_abbrev=False,
-        usage="grpo_lora.py [--model MODEL --data FILE] [--SETTING VALUE ...]",
+        usage="grpo_lora.py [@FILE_OF_SETTINGS] [--model MODEL --data FILE] [--SETTING VALUE ...]",
         description=str(__doc__).partition("\n")[0],
     )
 
@@ -1974,6 +2056,8 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
     for action in parser._actions:
         if action.dest in ("rank_pattern", "alpha_pattern"):
             action.type = json.loads
+        elif action.dest == "tune":
+            action.nargs, action.const = "?", "learning_rate"
         elif action.dest == "init_lora_weights":
             action.type = lambda text: text.lower() == "true" or text
         elif action.dest == "target_modules":  # q_proj,v_proj are names; anything else is a shorthand or a regex
@@ -2077,7 +2161,7 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
     trainer = GRPOTrainer(model, reward_funcs, args, train, held_out or None, tokenizer)
     if args.output_dir is None:
         name = "demo" if script.model is None else Path(script.model).name
-        args.output_dir = gather(new_run_folder(name) if rank == 0 else None)[0]
+        trainer.args.output_dir = gather(new_run_folder(name) if rank == 0 else None)[0]
     return trainer
 
 
@@ -2089,6 +2173,85 @@ def new_run_folder(name: str) -> str:
             path.mkdir(parents=True)
             return str(path)
     raise OSError("runs/: no free folder name")
+
+
+def write_settings(path: Path, argv: Sequence[str], *more: str) -> Path:
+    """A file that makes the run again: python grpo_lora.py @FILE."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(shlex.join([*without(argv, "output_dir", "resume", "tune"), *more]) + "\n", encoding="utf-8")
+    return path
+
+
+def tune(argv: Sequence[str]) -> Path:
+    """Find a learning rate, and if asked a rank, by successive halving (Jamieson & Talwalkar 2016). Returns best.args.
+
+    Eight rates a factor of two apart, around --learning_rate or the default; with "learning_rate,r" for each of three
+    ranks. All run a tenth of max_steps, the better half goes on to a fifth, and so on, until two or three are left: a
+    fifth of the updates of eight whole runs, or a quarter with ranks. Compared is the mean training reward since the last
+    halving; of equals the lower rate is the better.
+
+    Each candidate is the beginning of the very run that it stands for (start, prompts, draws, schedule), and goes on
+    from its own checkpoint. So a tuning that was interrupted is resumed like a run.
+    """
+    script, lora, args = parse(argv)
+    tuned, n = str(script.tune).split(","), args.num_iterations
+    if args.max_steps < 10 * n:
+        raise ValueError(f"max_steps = {args.max_steps}: of the run that is tuned for; must be at least {10 * n}")
+    first = rank_and_world()[0] == 0
+    root = Path(args.output_dir or gather(new_run_folder("tune") if first else None)[0])
+    if not args.resume and root.exists() and any(root.iterdir()):
+        raise ValueError(f"output_dir: {root} is not empty; resume the tuning in it or name a new one")
+    flags = lambda row: [word for name in tuned for word in (f"--{name}", f"{row[name]:g}")]
+
+    def begin(folder: Path, *more: str) -> GRPOTrainer:
+        more += ("--output_dir", str(folder), "--save_steps", str(args.max_steps), "--save_total_limit", "1")
+        return prepare([*without(argv, "output_dir", "resume"), *more, *(["--resume"] if folder.exists() else [])])
+
+    def score(row: dict[str, Any], before: int, until: int) -> float:
+        trainer = begin(folder := root / "".join(flags(row)).strip("-"), *flags(row))
+        trainer.eval_dataset = None  # it costs time, and is not to be tuned for
+        try:
+            trainer.train(until)
+        except FloatingPointError:
+            return -math.inf
+        metrics = read_jsonl(folder / "metrics.jsonl")[0] if first else []
+        rewards = [m["reward"] for m in metrics if before < m["step"] <= until and m["reward"] is not None]
+        return gather(sum(rewards) / len(rewards) if rewards else -math.inf)[0]
+
+    rows: list[dict[str, Any]] = []
+    for r in sorted({max(1, lora.r // 4), lora.r, 4 * lora.r}) if "r" in tuned else [lora.r]:
+        centre = begin(root / "none", *(["--r", str(r)] if "r" in tuned else [])).args.learning_rate or 0.0
+        rows += [{"learning_rate": float(f"{centre * 2.0**k:.2g}"), "r": r, "score": {}} for k in range(-4, 4)]
+    stops = [max(1, args.max_steps * tenths // (10 * n)) * n for tenths in (1, 2, 4, 8)]
+    alive, spent = rows, 0
+    for before, until in zip([0, *stops], stops, strict=False):
+        for row in alive:
+            row["score"][until] = score(row, before, until)
+            say(f"{' '.join(flags(row))}: mean reward {row['score'][until]:.3f} in updates {before + 1} to {until}")
+        spent += len(alive) * (until - before)
+        alive = [row for row in alive if row["score"][until] > -math.inf]
+        alive.sort(key=lambda row: (-row["score"][until], row["learning_rate"]))
+        if len(alive) <= 3:
+            break
+        alive = alive[: len(alive) // 2]
+    if not alive:
+        raise FloatingPointError(
+            "no candidate has a finite loss and a reward; look at the reward, or lower learning_rate"
+        )
+    best = alive[0]
+    if first:
+        path = write_settings(root / "best.args", without(argv, *tuned), *flags(best))
+        print(f"\n{'learning_rate':>13} {'r':>4}" + "".join(f"{f'to {stop}':>9}" for stop in best["score"]))
+        for row in rows:
+            cells = (f"{row['score'][stop]:>9.3f}" if stop in row["score"] else f"{'':>9}" for stop in best["score"])
+            print(f"{row['learning_rate']:>13g} {row['r']:>4}{''.join(cells)}{'   best' if row is best else ''}")
+        print(
+            f"\nmean training rewards; {spent} updates, where {len(rows)} whole runs take {len(rows) * args.max_steps}"
+        )
+        if best["learning_rate"] in (rows[0]["learning_rate"], rows[7]["learning_rate"]):
+            print(f"the best rate is at the edge: tune again with --learning_rate {best['learning_rate']:g}")
+        print(f"go on with: python grpo_lora.py @{path}")
+    return root / "best.args"
 
 
 def printable(text: str) -> str:
@@ -2159,11 +2322,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     try:
-        trainer = prepare(sys.argv[1:] if argv is None else argv)
+        argv = expand(sys.argv[1:] if argv is None else argv)
+        if parse(argv)[0].tune:
+            tune(argv)
+            return leave(0)
+        trainer = prepare(argv)
     except (ValueError, OSError) as error:
         return leave(refuse(error, 2))
-    except (PeerError, MemoryError, KeyboardInterrupt) as error:
-        return leave(refuse(str(error) or "interrupted before the first update", 1))
+    except (RewardError, PeerError, MemoryError, FloatingPointError, KeyboardInterrupt) as error:
+        return leave(refuse(str(error) or "interrupted", 1))
 
     def stop(signum: int, frame: Any) -> None:
         trainer.stop = True
@@ -2174,6 +2341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = trainer.args.output_dir
     say(f"writing to {out}/")
     try:
+        if trainer.rank == 0:
+            write_settings(Path(str(out)) / "settings.args", argv)
         trainer.train()
         if trainer.rank == 0:
             if trainer.stop and trainer.step < trainer.args.max_steps:

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -905,6 +906,46 @@ def test_a_policy_that_is_not_finite_itself_is_not_saved(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_entropy_quantile": 0.5}, {"mask_truncated_completions": True}])
+def test_what_an_update_did_to_each_token_is_recorded(settings, tmp_path):
+    t = trainer(
+        num_completions_to_log=8, log_tokens_steps=1, max_steps=1, output_dir=str(tmp_path), temperature=0.7, **settings
+    )
+    t.train()
+    rows, (rollout, batches) = lines(tmp_path / "completions.jsonl"), t.last
+    whole = dataclasses.replace(rollout, completion_mask=completion_mask(rollout.completion_ids, t.eos_token_ids))
+    after = one_by_one(t.model, whole)
+    assert len(rows) == 8 and all(len(row["tokens"]) == row["length"] for row in rows)
+    for i, row in enumerate(rows):
+        n = row["length"]
+        assert "".join(row["tokens"]) == TOKENIZER.decode(rollout.completion_ids[i, :n])
+        assert row["logps_sampled"] == pytest.approx(rollout.logps[i, :n].tolist())
+        assert row["logps_after"] == pytest.approx(after[i, :n].tolist(), abs=1e-4)
+        if settings.get("mask_truncated_completions"):
+            assert row["trained"] == [row["ended"]] * n
+    if "top_entropy_quantile" in settings:
+        assert all(row["trained"] == [True] * row["length"] for row in rows) is False
+        kept = {p: m for b in batches for p, m in zip(b.prompts, b.policy_mask.split(4), strict=True)}
+        for i, row in enumerate(rows):
+            assert row["trained"] == kept[i // 4][i % 4, : row["length"]].tolist()
+    elif not settings:
+        assert all(all(row["trained"]) for row in rows)
+
+
+def test_the_default_learning_rate_follows_width_alpha_and_method():
+    rate = lambda width=32, **config: grpo_lora.default_learning_rate(
+        with_adapters(tiny_model(hidden_size=width), random=False, **config)
+    )
+    assert rate(lora_alpha=32) == pytest.approx(5e-4 * (2000 / 32) ** 0.78, rel=0.05)
+    assert rate(lora_alpha=8) == pytest.approx(4 * rate(lora_alpha=32), rel=0.05)
+    assert rate(r=1) == rate(r=16)  # s = α/r: the rank cancels
+    assert rate(r=16, use_rslora=True) == pytest.approx(rate(r=4, use_rslora=True) / 2, rel=0.05)
+    assert rate(width=64) == pytest.approx(rate(width=32) / 2**0.78, rel=0.05)
+    assert grpo_lora.default_learning_rate(tiny_model()) == pytest.approx(rate(lora_alpha=32) / 10, rel=0.05)
+    t = trainer(learning_rate=None)
+    assert t.args.learning_rate == t.optimizer.param_groups[0]["lr"] == rate()
+
+
 def test_what_rewards_log_is_a_mean_over_the_evaluation_and_must_fit():
     def counts(completions, log_metric, log_extra, **columns):
         log_metric("rows", torch.tensor(len(completions)))
@@ -1409,7 +1450,7 @@ def test_the_command_line_trains_resumes_and_writes_what_it_says(model_dir, data
     load_lora(AutoModelForCausalLM.from_pretrained(model_dir), out / "adapter")
     assert main(command) == 2 and "holds another run" in capsys.readouterr().err
     assert main([*command, "--resume", "--learning_rate", "1"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: resume: learning_rate was 0.0001, now 1.0")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: resume: learning_rate was 0.013, now 1.0")
     assert main([*command, "--resume", "--max_steps", "3"]) == 0
     assert [row["step"] for row in lines(out / "metrics.jsonl")] == [0, 1, 2, 3]
     goes_on = [*command[: command.index("--output_dir")], "--adapter", "out/adapter"]
@@ -1484,6 +1525,121 @@ def test_a_failing_reward_ends_the_run_with_one_line_and_exit_code_1(model_dir, 
     command = ["--model", str(model_dir), "--data", str(data), "--rewards", f"{tmp_path}/bad.py:bad", *SMALL]
     assert main([*command, "--output_dir", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1] == "error: reward bad raised RuntimeError: boom"
+
+
+def test_settings_may_stand_in_a_file_which_each_run_leaves_behind(model_dir, data, tmp_path, capsys):
+    common = tmp_path / "common.args"
+    common.write_text(f"--model '{model_dir}'\n--data '{data}' --seed 3 " + " ".join(SMALL))
+    assert (
+        main([f"@{common}", "--seed", "4", "--system_prompt", "be 'brief'", "--output_dir", str(tmp_path / "a")]) == 0
+    )
+    script, _, args = grpo_lora.parse([f"@{tmp_path}/a/settings.args"])
+    assert (script.model, args.seed, args.system_prompt) == (
+        str(model_dir),
+        4,
+        "be 'brief'",
+    )  # the later flag beats the file
+    assert main([f"@{tmp_path}/a/settings.args", "--output_dir", str(tmp_path / "b")]) == 0
+    same_files(tmp_path / "a", tmp_path / "b")
+    for bad in ("nowhere.args", "bad.args"):
+        (tmp_path / "bad.args").write_text("--model 'unclosed")
+        assert main([f"@{tmp_path}/{bad}"]) == 2 and f"{bad}: not a file of settings" in capsys.readouterr().err
+
+
+TUNING = [
+    "--prompts_per_step",
+    "4",
+    "--num_generations",
+    "4",
+    "--max_completion_length",
+    "6",
+    "--max_steps",
+    "10",
+    "--r",
+    "2",
+]
+
+
+def test_tuning_halves_runs_that_are_beginnings_of_whole_ones_and_writes_what_a_run_takes(
+    model_dir, data, tmp_path, capsys
+):
+    (tmp_path / "r.py").write_text("from test_training import digits")
+    command = [
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        "--rewards",
+        f"{tmp_path}/r.py:digits",
+        *TUNING,
+        "--seed",
+        "5",
+    ]
+    out = tmp_path / "tuning"
+    assert main([*command, "--tune", "--learning_rate", "0.008", "--output_dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    folders = {p.name.removeprefix("learning_rate"): p for p in out.iterdir() if p.is_dir()}
+    assert sorted(map(float, folders)) == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064]
+    updates = sorted(len(lines(folder / "metrics.jsonl")) for folder in folders.values())
+    assert updates == [1, 1, 1, 1, 2, 2, 4, 4] and "16 updates, where 8 whole runs take 80" in said
+    reward = {x: {row["step"]: row["reward"] for row in lines(f / "metrics.jsonl")} for x, f in folders.items()}
+    third = sorted(reward, key=lambda x: (-reward[x][1], float(x)))[:4]  # the better half, by the first tenth
+    assert {x for x in reward if 2 in reward[x]} == set(third)
+    best = max((x for x in reward if 4 in reward[x]), key=lambda x: reward[x][3] + reward[x][4])
+    script, lora, args = grpo_lora.parse([f"@{out}/best.args"])
+    assert args.learning_rate == float(best) and script.tune is None and args.output_dir is None and lora.r == 2
+    assert main([f"@{out}/best.args", "--output_dir", str(tmp_path / "whole")]) == 0
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
+    assert drop(lines(tmp_path / "whole/metrics.jsonl"))[:4] == drop(lines(folders[best] / "metrics.jsonl"))
+    # interrupted and resumed, it comes to the same
+    before = (out / "best.args").read_text()
+    shutil.rmtree(folders[best])
+    assert main([*command, "--tune", "--learning_rate", "0.008", "--output_dir", str(out)]) == 2  # not empty
+    assert main([*command, "--tune", "--learning_rate", "0.008", "--output_dir", str(out), "--resume"]) == 0
+    assert (out / "best.args").read_text() == before
+    assert main([*command, "--tune", "--output_dir", str(tmp_path / "short"), "--max_steps", "9"]) == 2
+    assert "max_steps = 9" in capsys.readouterr().err
+
+
+def test_tuning_a_rank_too_and_what_diverges_is_out(model_dir, data, tmp_path, capsys, monkeypatch):
+    (tmp_path / "r.py").write_text("from test_training import digits")
+    command = ["--model", str(model_dir), "--data", str(data), "--rewards", f"{tmp_path}/r.py:digits", *TUNING]
+    original = GRPOTrainer.train
+
+    def train(self, until=None):
+        if self.args.learning_rate > 0.05:
+            raise FloatingPointError("three in a row")
+        return original(self, until)
+
+    monkeypatch.setattr(GRPOTrainer, "train", train)
+    assert main([*command, "--tune", "learning_rate,r", "--output_dir", str(tmp_path / "out")]) == 0
+    _, lora, args = grpo_lora.parse([f"@{tmp_path}/out/best.args"])
+    assert lora.r in (1, 2, 8) and 0 < args.learning_rate < 0.05 and "-inf" in capsys.readouterr().out
+    assert main([*command, "--tune", "--learning_rate", "100", "--output_dir", str(tmp_path / "none")]) == 1
+    assert "no candidate has a finite loss" in capsys.readouterr().err
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    return pytest.importorskip("report")
+
+
+def test_the_report_shows_hostile_text_as_text_and_runs_without_tokens(report, tmp_path, capsys, monkeypatch):
+    shout = lambda completions, **columns: [float("1" in text) for text in completions]
+    t = trainer(reward=shout, rows=[{"prompt": "1</td><script>alert(1)</script>\u202e", "answer": "1"}] * 4, output_dir=str(tmp_path),
+                log_tokens_steps=1, max_steps=3, num_iterations=3, learning_rate=0.1)  # fmt: skip
+    t.train()
+    page = report.report(tmp_path)
+    assert "<script" not in page and "\u202e" not in page and "&lt;script&gt;" in page and "http" not in page
+    assert page.count("<svg") >= 8 and page.count("<tr>") == 2 * (1 + 4) and 'class="clipped"' in page
+    with pytest.raises(ValueError, match="update 2: no completion of it was recorded; there are some of 3"):
+        report.report(tmp_path, [2])
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "nowhere")])
+    assert report.main() == 2 and "is its folder one of a run?" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    trainer(output_dir=str(bare)).train()
+    assert "did not record its tokens" in report.report(bare)
 
 
 CLI_RUN = ["--rewards", "format,tag_count", "--prompts_per_step", "2", "--num_generations", "4"]
