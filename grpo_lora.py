@@ -236,6 +236,10 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
     all rewards) or "none" (R - mean_g, Dr. GRPO). Every std has ddof 1. A row without reward leaves the statistics and
     gets 0; a group whose rewards are all equal, or that has only one, gets exactly 0. ValueError for other shapes, scales.
     Where a whole group has rewards, std(A) = s/(s + eps), s its std. (Shao et al. 2024, section 4.1.2)
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]]), scale="none")
+    tensor([[ 0.5000, -0.5000, -0.5000,  0.5000],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale = {scale!r}: must be 'group', 'batch' or 'none'")
@@ -264,6 +268,9 @@ def combine_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
     """R = Σ_k w_k r_k over the functions that gave one; NaN where none did.    rewards: (P, G, K), weights: (K,) -> (P, G)
 
     The weights are not renormalised where one is missing.
+
+    >>> combine_rewards(torch.tensor([[[1.0, 4.0], [1.0, math.nan], [math.nan, math.nan]]]), torch.tensor([1.0, 0.5]))
+    tensor([[3., 1., nan]])
     """
     return torch.where(rewards.isnan().all(dim=-1), math.nan, (rewards * weights).nansum(dim=-1))
 
@@ -293,6 +300,10 @@ def completion_mask(completion_ids: Tensor, eos_token_ids: Sequence[int]) -> Ten
 
     Never made from padding: where pad and EOS are one token, that would mask the EOS the policy chose, and it would
     not learn to stop. `eos_token_ids`: all of them (a model may have several), or [] for none.
+
+    >>> completion_mask(torch.tensor([[5, 2, 2], [5, 6, 7]]), [2])
+    tensor([[ True,  True, False],
+            [ True,  True,  True]])
     """
     is_eos = torch.isin(
         completion_ids, torch.tensor(list(eos_token_ids), dtype=torch.long, device=completion_ids.device)
@@ -307,6 +318,9 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, *, estimator: str = "k3") -> Te
 
     logps, ref_logps: (B, T), nats. Returns (B, T). ValueError for another estimator. k3 (Schulman 2020; GRPO eq. 4)
     is never negative; what its gradient estimates is another matter: see test_kl_gradients_by_enumeration.
+
+    >>> [kl_penalty(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), estimator=k).item() for k in ("k1", "k2")]
+    [1.0, 0.5]
     """
     d = ref_logps - logps
     if estimator == "k1":

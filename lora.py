@@ -137,6 +137,10 @@ class LoRALinear(_Switchable):
         y = base(x) + (m/n - 1)(base(x) - bias) + (m/n) s·B(A(x))
 
     The adapter is kept in fp32 on a half-precision base. The base layer is never written to.
+
+    >>> layer = LoRALinear(nn.Linear(3, 2), r=1, alpha=1, config=LoRAConfig())
+    >>> torch.equal(layer(torch.ones(3)), layer.base_layer(torch.ones(3)))  # B is 0
+    True
     """
 
     wrapped = "base_layer"

@@ -903,6 +903,7 @@ def test_decimals_percent_separators_and_exponents_are_exact(n, places):
         ("\u200f18\u200e", "18", True), ("−3", "-3", True), ("12,34", "1234", False), ("A", "a", True), (r"\text{yes}", "Yes", True),
         ("x + 1", "x+1", True), ("1e999999999", "1e999999998", False), ("-0", "0", True), ("97**98**99", "97**98**99", True),
         ("nan", "nan", True), (".5", "0.5", True), ("2", "2.0000000000000000000001", False), (18, "18", True), ("", "0", False),
+        ("0" * 999 + "7", "7", True), ("0" * 1000 + "7", "7", False),  # so long that it is taken for text
     ],
 )  # fmt: skip
 def test_answers_match_examples(left, right, same):

@@ -222,7 +222,7 @@ def test_the_models_own_generation_config_has_no_say():
     assert torch.equal(sample(model, ids, mask).completion_ids, before.completion_ids)
 
 
-def test_a_completion_of_t_tokens_takes_t_forwards_of_one_token_each_but_the_first():
+def test_a_completion_of_t_tokens_takes_t_forwards_of_one_token_each_but_the_first(monkeypatch):
     model, (ids, mask) = tiny_model(), prompts()
     seen = []
     model.model.register_forward_hook(
@@ -233,6 +233,15 @@ def test_a_completion_of_t_tokens_takes_t_forwards_of_one_token_each_but_the_fir
     seen.clear()
     rollout = sample(model, ids, mask, eos_token_ids=range(5, 36), max_completion_length=20)
     assert len(seen) == rollout.completion_ids.shape[1] < 20  # none after the last row has ended
+    seen.clear()
+    original = CausalLM.__init__
+    monkeypatch.setattr(
+        CausalLM, "__init__", lambda self, model: (original(self, model), setattr(self, "sharded", True))[0]
+    )
+    assert torch.equal(
+        sample(model, ids, mask, eos_token_ids=range(5, 36), max_completion_length=20).logps, rollout.logps
+    )
+    assert len(seen) == 20  # as many as any other process may need
 
 
 def test_draws_need_no_generator_and_one_that_rounds_to_one_gives_the_last_token(monkeypatch):

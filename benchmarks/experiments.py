@@ -50,7 +50,7 @@ def experiments() -> dict[str, list[dict]]:
     ]
     return {
         "rate": [run for r in (1, 4, 16, 64) for run in sweep(f"r = {r}", RATES, r=r)]
-        + sweep("all weights", [rate / 10 for rate in RATES], full=True),
+        + sweep("all weights", [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3], full=True),
         "layers": [run for name, t in LAYERS.items() for run in sweep(name, RATES[2:], target_modules=t)],
         "variants": [
             {"series": name, "variant": name, "learning_rate": 1e-3, **SEVERAL} for name in grpo_lora.VARIANTS if name != "gdpo"
@@ -70,7 +70,7 @@ def experiments() -> dict[str, list[dict]]:
         ],
         "width": [run for w in (64, 128, 256) for run in sweep(f"width {w}", RATES[1:], width=w)],
         "bugs": [
-            {"series": bug or "none", "bug": bug, "learning_rate": 1e-3, "beta": 0.05, "temperature": 1.5, **SEVERAL}
+            {"series": bug or "none", "bug": bug, "learning_rate": 1e-3, "beta": 0.05, "temperature": 1.3, **SEVERAL}
             for bug in ("", *sorted(BUGGY))
         ],
     }  # fmt: skip

@@ -1,0 +1,95 @@
+"""Does --tune find the rate that a whole sweep finds, and at what cost? On the demo (three seeds), and on a real model.
+
+    python benchmarks/tuner.py [--model SMOLLM2]        # writes benchmarks/tuner.json; a minute a seed, half an hour the model
+
+Each candidate of the tuner is the beginning of a whole run. So the sweep is made by resuming all of them to the end, two at
+a time, each on one core; the best rate is the one with the highest mean reward over a whole run.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ON_MODEL = [
+    "--eval_size",
+    "200",
+    "--prompts_per_step",
+    "4",
+    "--max_completion_length",
+    "32",
+    "--warmup_steps",
+    "2",
+    "--max_steps",
+    "40",
+]
+
+
+def python(*words: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *words], check=True, stdout=subprocess.PIPE, env=os.environ | environment, text=True
+    )
+    return done.stdout
+
+
+def compare(name: str, settings: list[str], steps: int) -> dict:
+    """Tune, then bring every candidate to the end."""
+    script, root = str(HERE.parent / "grpo_lora.py"), Path(name)
+    table = python(script, *settings, "--tune", "--output_dir", str(root))
+    print(table, flush=True)
+    chosen = float(re.search(r"--learning_rate (\S+)", (root / "best.args").read_text()).group(1))
+    folders = {float(p.name.removeprefix("learning_rate")): p for p in root.iterdir() if p.is_dir()}
+    read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    tuned = {rate: read(folder) for rate, folder in folders.items()}
+    finish = lambda rate: python(
+        script, *settings, "--learning_rate", str(rate), "--output_dir", str(folders[rate]), "--resume", OMP_NUM_THREADS="1"
+    )  # fmt: skip
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(finish, sorted(folders, reverse=True)))
+    rows = []
+    for rate, folder in sorted(folders.items()):
+        whole = [row["reward"] for row in read(folder) if row["step"]]
+        accuracy = [row["eval_accuracy"] for row in read(folder) if "eval_accuracy" in row][-1]
+        row = {"learning_rate": rate, "updates_of_the_tuner": len(tuned[rate]), "reward": sum(whole) / steps}
+        rows.append(row | {"reward_last_fifth": sum(whole[-steps // 5 :]) / (steps // 5), "accuracy_after": accuracy})
+        print(json.dumps(rows[-1]), flush=True)
+    best = max(rows, key=lambda row: row["reward"])["learning_rate"]
+    cost = sum(row["updates_of_the_tuner"] for row in rows) / (len(rows) * steps)
+    result = {
+        "name": name,
+        "tuner": chosen,
+        "sweep": best,
+        "factor": max(chosen / best, best / chosen),
+        "share_of_cost": cost,
+    }
+    print(result, flush=True)
+    return result | {"settings": settings[4:] if "--model" in settings else settings, "runs": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    options = parser.parse_args()
+    out = HERE / "tuner.json"
+    results = json.loads(out.read_text()) if out.exists() else []
+    model = options.model and str(Path(options.model).resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        work = [(f"demo, seed {seed}", ["--seed", str(seed)], 50) for seed in options.seeds]
+        if model:
+            Path("word_problems.jsonl").write_text(python(str(HERE / "word_problems.py"), "1200"))
+            work.append(("SmolLM2-135M-Instruct", ["--model", model, "--data", "word_problems.jsonl", *ON_MODEL], 40))
+        for name, settings, steps in work:
+            results = [r for r in results if r["name"] != name] + [compare(name, settings, steps)]
+            out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
