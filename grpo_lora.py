@@ -117,7 +117,7 @@ def _setting(default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
 
 @dataclass
 class GRPOConfig:
-    """Settings of a run. Names and meanings are TRL's, but for prompts_per_step and kl_estimator, which are ours.
+    """Settings of a run. Names and meanings are TRL's, but for prompts_per_step, kl_estimator and log_tokens_steps.
 
     ValueError, in one line, for a value that cannot work.
     """
@@ -189,7 +189,8 @@ class GRPOConfig:
             if "choices" in f.metadata:
                 known(getattr(self, f.name), f.metadata["choices"], f.name)
         at_least = {
-            0: "max_steps epsilon beta learning_rate lora_plus_ratio warmup_steps weight_decay save_steps",
+            0: "max_steps epsilon beta learning_rate lora_plus_ratio warmup_steps weight_decay save_steps "
+            "num_completions_to_log",
             1: "prompts_per_step per_device_train_batch_size max_completion_length num_iterations",
             2: "num_generations",
         }
@@ -939,7 +940,7 @@ class GRPOTrainer:
         self.reward_metrics = WeightedMeans()  # what reward functions log
         self.step = 0  # optimiser updates made
         self.tokens = 0  # prompt and completion tokens trained on
-        self.last: tuple[Rollout, list[MicroBatch]]  # what the last update was made of
+        self.last_batch: tuple[Rollout, list[MicroBatch]]
         self.stop = False  # set from outside (a signal): finish the update in hand, save, return
 
     # ---- the algorithm
@@ -963,7 +964,7 @@ class GRPOTrainer:
                 parameter.grad = torch.zeros_like(parameter)  # zero and not None, also if no group has an advantage
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain(micro_batches)
-            total = 0.0
+            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # of a broken policy's samples no loss may tell
             for batch in micro_batches:
                 mask = batch.rollout.completion_mask
                 with adapter_dropout(self.model):
@@ -993,7 +994,7 @@ class GRPOTrainer:
             means.add(1, skipped_updates=not finite)
             self.scheduler.step()
         self.tokens += sum(s["prompt_length"] + s["length"] for s in samples)
-        self.last = rollout, micro_batches  # for token_changes
+        self.last_batch = rollout, micro_batches  # for token_changes
         return self.summarize(samples, rewards, advantages) | means.result() | {"num_tokens": self.tokens}
 
     def sample(self, rows: Sequence[dict[str, Any]], num_generations: int) -> Rollout:
@@ -1128,19 +1129,21 @@ class GRPOTrainer:
     def train(self, until: int | None = None) -> dict[str, Any]:
         """Run to max_steps, to update `until`, or till `stop` is set. Returns the last metrics. Writes the run's files if
         output_dir is set."""
-        args, metrics, skipped, stopping = self.args, dict[str, Any](), 0, False
-        last = min(until or args.max_steps, args.max_steps)
+        args, metrics, stopping = self.args, dict[str, Any](), False
+        end = args.max_steps if until is None else min(until, args.max_steps)
         if self.rank == 0:
             check_output_dir(args)
         if args.resume:
             self.step = load_checkpoint(self)
         record = RunRecord(args.output_dir if self.rank == 0 else None, keep_to=self.step if args.resume else None)
         watch = EarlyWarnings(record.history)
+        sound = [i for i, row in enumerate(record.history, 1) if row["skipped_updates"] < 1]
+        skipped = len(record.history) - max(sound, default=0)  # in a row, up to now
         if self.eval_dataset and self.step == 0:
             record.write({"step": 0, **self.evaluate()}, self.samples[: args.num_completions_to_log])
         off = None if self.rank == 0 else True  # None: off where there is no terminal
-        bar = tqdm(total=last, initial=self.step, desc="GRPO", unit="update", disable=off)
-        while self.step < last and not stopping:
+        bar = tqdm(total=end, initial=self.step, desc="GRPO", unit="update", disable=off)
+        while self.step < end and not stopping:
             started, index = time.perf_counter(), self.step // args.num_iterations
             self.seed("update", index)
             metrics = self.update(self.batch(index))
@@ -1149,9 +1152,12 @@ class GRPOTrainer:
             own = {"step": self.step, "epoch": epoch, "step_time": time.perf_counter() - started}
             metrics = own | metrics | own  # first, and not to be replaced by what a reward logs
             warnings = watch.check(metrics | {"idle": self.idle_adapters()})
-            samples, done = self.samples[: args.num_completions_to_log], self.step >= last
-            if self._due(args.log_tokens_steps):
-                samples = [sample | change for sample, change in zip(samples, self.token_changes(), strict=False)]
+            samples, done = self.samples[: args.num_completions_to_log], self.step >= end
+            if args.output_dir and self._due(args.log_tokens_steps):
+                changes = self.token_changes()  # of this process's first rows, which on the first are the first of all
+                samples = [sample | change for sample, change in zip(samples, changes, strict=False)] + samples[
+                    len(changes) :
+                ]
             if self.eval_dataset and (done or self._due(args.eval_steps)):
                 metrics |= self.evaluate()
                 samples += self.samples[: args.num_completions_to_log]
@@ -1205,30 +1211,30 @@ class GRPOTrainer:
         return {f"eval_{key}": value for key, value in metrics.items()}
 
     def token_changes(self) -> list[dict[str, Any]]:
-        """Of the first rows of the last batch, per token: its text, its log-prob when it was sampled and now, and whether
-        the loss saw it. Whole groups, enough for num_completions_to_log."""
-        args, (rollout, micro_batches), G = self.args, self.last, self.args.num_generations
+        """What the last update did to the tokens of its first groups, as many as num_completions_to_log asks for.
+
+        Per token: its text, its log-prob when it was sampled and now, and whether it was in the policy term of the loss.
+        """
+        args, (rollout, micro_batches), G = self.args, self.last_batch, self.args.num_generations
         trained = rollout.completion_mask.clone()
         for batch in micro_batches:
-            for p, kept in zip(
-                batch.prompts, [] if batch.policy_mask is None else batch.policy_mask.split(G), strict=False
-            ):
-                trained[p * G : (p + 1) * G, : kept.shape[1]] &= kept
-        written = completion_mask(rollout.completion_ids, self.eos_token_ids)
-        groups = range(min(-(-args.num_completions_to_log // G), len(rollout.prompt_ids)))
-        shown = dataclasses.replace(rollout, completion_mask=written).select(groups)
-        with torch.no_grad(), evaluating(self.model):
-            logps, _ = completion_logps(self.model, shown, temperature=args.temperature)
-        return [
-            {
-                "group": row // G,
-                "tokens": [self.tokenizer.decode([i]) for i in shown.completion_ids[row, :n].tolist()],
-                "logps_sampled": shown.logps[row, :n].tolist(),
-                "logps_after": logps[row, :n].tolist(),
-                "trained": trained[row, :n].tolist(),
-            }
-            for row, n in enumerate(shown.completion_mask.sum(dim=1).tolist())
-        ]
+            if batch.policy_mask is not None:
+                for p, kept in zip(batch.prompts, batch.policy_mask.split(G), strict=True):
+                    trained[p * G : (p + 1) * G, : kept.shape[1]] &= kept
+        # all that was written, also where mask_truncated_completions took it out of the loss
+        written = dataclasses.replace(
+            rollout, completion_mask=completion_mask(rollout.completion_ids, self.eos_token_ids)
+        )
+        rows = []
+        for p in range(min(-(-args.num_completions_to_log // G), len(rollout.prompt_ids))):
+            shown = written.select([p])
+            with torch.no_grad(), evaluating(self.model):
+                logps, _ = completion_logps(self.model, shown, temperature=args.temperature)
+            for i, n in enumerate(shown.completion_mask.sum(dim=1).tolist()):
+                row = {"tokens": token_texts(self.tokenizer, shown.completion_ids[i, :n].tolist())}
+                row |= {"logps_sampled": shown.logps[i, :n].tolist(), "logps_after": logps[i, :n].tolist()}
+                rows.append(row | {"trained": trained[p * G + i, :n].tolist()})
+        return rows
 
     def batch(self, index: int) -> list[dict[str, Any]]:
         """This process's prompts of optimiser batch `index`: a new permutation each epoch, a function of the seed alone."""
@@ -1279,7 +1285,8 @@ class GRPOTrainer:
         if advantages is not None:
             metrics["reward_std"] = _nanstd(total.flatten(), dim=0).item()
             metrics["frac_reward_zero_std"] = (~advantages.any(dim=1)).double().mean().item()
-            samples = [s | {"advantage": a} for s, a in zip(samples, advantages.flatten().tolist(), strict=True)]
+            given, G = advantages.flatten().tolist(), advantages.shape[1]
+            samples = [s | {"advantage": given[i], "group": i // G} for i, s in enumerate(samples)]
         self.samples = samples
         return metrics
 
@@ -1322,13 +1329,17 @@ def adapter_dropout(model: nn.Module) -> Iterator[None]:
 def default_learning_rate(model: nn.Module) -> float:
     """Where to start when nothing is tuned.    5e-4 (2000/H)^0.78 · 32/(s·r) for adapters, 5e-5 (2000/H)^0.78 for all weights
 
-    H: the model's width. Schulman et al. (2025, "LoRA Without Regret"; constants: tinker-cookbook) fitted it at α = 32,
-    where s·r = α. Adam moves each number of B by the rate, so s·B A by s·r times that: with s = α/r the rank cancels,
-    and with rsLoRA it does not. Adapters other than ours count as s·r = 32. Two significant digits.
+    H: the model's width. Schulman et al. (2025, "LoRA Without Regret"; constants: tinker-cookbook) fitted it to Llama at
+    α = 32, where s·r = α; for Qwen they found the exponent 0.0775. Adam moves each number of B by the rate, so s·B A by
+    s·r times that: with s = α/r the rank cancels, with rsLoRA it does not. Adapters other than ours count as s·r = 32.
+    Two significant digits. ValueError for a model that does not tell its width.
     """
-    width = CausalLM(model).core.config.get_text_config().hidden_size
+    width = getattr(CausalLM(model).core.config.get_text_config(), "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError("learning_rate: the model's config has no hidden_size to derive one from; give one")
     reach = [m.scaling * m.lora_A.out_features for m in model.modules() if isinstance(m, LoRALinear)]
-    adapters = reach or any(not p.requires_grad for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = reach or 2 * trained < sum(p.numel() for p in model.parameters())
     rate = 5e-5 * (2000 / width) ** 0.78 * (10 * 32 / max(reach, default=32.0) if adapters else 1)
     return float(f"{rate:.2g}")
 
@@ -1538,6 +1549,15 @@ def encode_prompt(prompt: Any, tokenizer: Any, system_prompt: str | None = None)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token. Some tokenizers drop a space at the start of a text: so each is read after the one before."""
+    texts = [tokenizer.decode(ids[:1])] if ids else []
+    for before, pair in ((ids[i - 1 : i], ids[i - 1 : i + 1]) for i in range(1, len(ids))):
+        first, both = tokenizer.decode(before), tokenizer.decode(pair)
+        texts.append(both.removeprefix(first) if both.startswith(first) else tokenizer.decode(pair[1:]))
+    return texts
+
+
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a completion: the tokenizer's, and all that the model's generation config names."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -1617,14 +1637,10 @@ def check_lengths(
 
 # ------------------------------------------------------------------------------------------- a run's files, checkpoints
 
-MAY_CHANGE = set("output_dir resume max_steps eval_steps save_steps save_total_limit".split())
-MAY_CHANGE |= {"num_completions_to_log", "log_tokens_steps"}
-MAY_CHANGE |= {
-    "reward_timeout",
-    "ddp_timeout",
-    "per_device_train_batch_size",
-    "gradient_checkpointing",
-}  # rounding, at most
+MAY_CHANGE = set(  # on resuming: rounding, at most
+    "output_dir resume max_steps eval_steps save_steps save_total_limit num_completions_to_log log_tokens_steps "
+    "reward_timeout ddp_timeout per_device_train_batch_size gradient_checkpointing".split()
+)
 
 
 def check_output_dir(args: GRPOConfig) -> None:
@@ -1851,6 +1867,13 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def join_processes(args: GRPOConfig) -> None:
+    """Under torchrun: meet the others."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=args.ddp_timeout))
+
+
 def say(text: str) -> None:
     """To stderr, once and not by every process."""
     if rank_and_world()[0] == 0:
@@ -2031,14 +2054,21 @@ LEFT_OUT = {  # settings of TRL's that we lack, and what to do
 }
 
 
-def expand(argv: Sequence[str]) -> list[str]:
-    """Each @FILE becomes the settings in that file, which are written as on the command line."""
+def expand(argv: Sequence[str], inside: tuple[str, ...] = ()) -> list[str]:
+    """Each @FILE becomes the settings in that file, which are written as on the command line and may name other files."""
     words: list[str] = []
     for word in argv:
+        if not word.startswith("@"):
+            words.append(word)
+            continue
         try:
-            words += shlex.split(Path(word[1:]).read_text(encoding="utf-8")) if word.startswith("@") else [word]
+            if word in inside:
+                raise ValueError("it names itself")
+            text = Path(word[1:]).read_text(encoding="utf-8", errors="surrogateescape")
+            words += expand(shlex.split(text), (*inside, word))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{word}: not a file of settings: {error}") from None
+            hint = "" if inside else f"; a value that begins with @ is written --setting={word}"
+            raise ValueError(f"{word}: not a file of settings: {error}{hint}") from None
     return words
 
 
@@ -2098,7 +2128,7 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
     if first.variant:
         known(first.variant, VARIANTS, "--variant")
         parser.set_defaults(**VARIANTS[first.variant].settings)
-    script, lora, args = parser.parse_args_into_dataclasses(argv)
+    script, lora, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     own = LoRAConfig(r=parser.get_default("r"), lora_alpha=parser.get_default("lora_alpha"))
     if script.adapter and lora != own:
         changed = next(f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(lora, f.name))
@@ -2110,9 +2140,7 @@ def parse(argv: Sequence[str]) -> tuple[ScriptArguments, LoRAConfig, GRPOConfig]
 def prepare(argv: Sequence[str]) -> GRPOTrainer:
     """Everything up to the first update. ValueError for bad input, as early as it can be known."""
     script, lora, args = parse(argv)
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=args.ddp_timeout))
+    join_processes(args)
     rank, world = rank_and_world()
     reward_funcs = [load_reward(spec) for spec in script.rewards.split(",") if spec.strip()]
     reward_weights(args, reward_funcs)
@@ -2192,7 +2220,8 @@ def new_run_folder(name: str) -> str:
 def write_settings(path: Path, argv: Sequence[str], *more: str) -> Path:
     """A file that makes the run again: python grpo_lora.py @FILE."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(shlex.join([*without(argv, "output_dir", "resume", "tune"), *more]) + "\n", encoding="utf-8")
+    words = shlex.join([*without(argv, "output_dir", "resume", "tune"), *more])
+    path.write_text(words + "\n", encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
     return path
 
 
@@ -2201,20 +2230,30 @@ def tune(argv: Sequence[str]) -> Path:
 
     Eight rates a factor of two apart, around --learning_rate or the default; with "learning_rate,r" for each of three
     ranks. All run a tenth of max_steps, the better half goes on to a fifth, and so on, until two or three are left: a
-    fifth of the updates of eight whole runs, or a quarter with ranks. Compared is the mean training reward since the last
-    halving; of equals the lower rate is the better.
+    fifth of the updates that eight whole runs take, or a quarter of what 24 do. Compared is the mean training reward since
+    the last halving; of equals the lower rate is the better. What diverges is out.
 
     Each candidate is the beginning of the very run that it stands for (start, prompts, draws, schedule), and goes on
     from its own checkpoint. So a tuning that was interrupted is resumed like a run.
     """
     script, lora, args = parse(argv)
-    tuned, n = str(script.tune).split(","), args.num_iterations
-    if args.max_steps < 10 * n:
-        raise ValueError(f"max_steps = {args.max_steps}: of the run that is tuned for; must be at least {10 * n}")
-    first = rank_and_world()[0] == 0
-    root = Path(args.output_dir or gather(new_run_folder("tune") if first else None)[0])
-    if not args.resume and root.exists() and any(root.iterdir()):
+    join_processes(args)
+    tuned, n, rank = str(script.tune).split(","), args.num_iterations, rank_and_world()[0]
+    least = 10 * (args.warmup_steps + 3 * n)
+    if args.max_steps < least:
+        raise ValueError(
+            f"max_steps = {args.max_steps}: a tenth of it must go beyond warmup_steps, so at least {least}"
+        )
+    if args.learning_rate == 0:
+        raise ValueError("learning_rate = 0: the middle of the rates to try, must be above 0")
+    if "r" in tuned and script.adapter:
+        raise ValueError("tune: the rank of --adapter is what its file says; tune learning_rate alone")
+    if args.resume and not args.output_dir:
+        raise ValueError("resume: needs output_dir, the folder of the tuning to go on with")
+    root = Path(args.output_dir or gather(new_run_folder("tune") if rank == 0 else None)[0])
+    if not args.resume and any(gather(root.exists() and any(root.iterdir()))):
         raise ValueError(f"output_dir: {root} is not empty; resume the tuning in it or name a new one")
+    say(f"writing to {root}/")
     flags = lambda row: [word for name in tuned for word in (f"--{name}", f"{row[name]:g}")]
 
     def begin(folder: Path, *more: str) -> GRPOTrainer:
@@ -2224,46 +2263,46 @@ def tune(argv: Sequence[str]) -> Path:
     def score(row: dict[str, Any], before: int, until: int) -> float:
         trainer = begin(folder := root / "".join(flags(row)).strip("-"), *flags(row))
         trainer.eval_dataset = None  # it costs time, and is not to be tuned for
-        try:
+        with contextlib.suppress(FloatingPointError):  # which the record shows
             trainer.train(until)
-        except FloatingPointError:
-            return -math.inf
-        metrics = read_jsonl(folder / "metrics.jsonl")[0] if first else []
-        rewards = [m["reward"] for m in metrics if before < m["step"] <= until and m["reward"] is not None]
-        return gather(sum(rewards) / len(rewards) if rewards else -math.inf)[0]
+        metrics = [m for m in (read_jsonl(folder / "metrics.jsonl")[0] if rank == 0 else []) if m["step"] <= until]
+        skipped = "".join(str(int(m["skipped_updates"])) for m in metrics)
+        rewards = [m["reward"] for m in metrics if m["step"] > before and m["reward"] is not None]
+        diverged = "1" * MAX_SKIPPED in skipped or not rewards
+        return gather(-math.inf if diverged else sum(rewards) / len(rewards))[0]
 
-    rows: list[dict[str, Any]] = []
+    candidates: list[dict[str, Any]] = []
     for r in sorted({max(1, lora.r // 4), lora.r, 4 * lora.r}) if "r" in tuned else [lora.r]:
-        centre = begin(root / "none", *(["--r", str(r)] if "r" in tuned else [])).args.learning_rate or 0.0
-        rows += [{"learning_rate": float(f"{centre * 2.0**k:.2g}"), "r": r, "score": {}} for k in range(-4, 4)]
+        own = ["--r", str(r)] if "r" in tuned else []
+        centre = args.learning_rate or begin(root / "never-run", *own).args.learning_rate or 0.0
+        candidates += [{"learning_rate": float(f"{centre * 2.0**k:.2g}"), "r": r, "score": {}} for k in range(-4, 4)]
     stops = [max(1, args.max_steps * tenths // (10 * n)) * n for tenths in (1, 2, 4, 8)]
-    alive, spent = rows, 0
+    alive, spent = candidates, 0
     for before, until in zip([0, *stops], stops, strict=False):
         for row in alive:
             row["score"][until] = score(row, before, until)
             say(f"{' '.join(flags(row))}: mean reward {row['score'][until]:.3f} in updates {before + 1} to {until}")
         spent += len(alive) * (until - before)
-        alive = [row for row in alive if row["score"][until] > -math.inf]
-        alive.sort(key=lambda row: (-row["score"][until], row["learning_rate"]))
+        scores = [row["score"][until] for row in alive]
+        if len(alive) > 1 and max(scores) == min(scores):
+            raise FloatingPointError(f"tune: every candidate has a mean reward of {scores[0]:g} in updates to {until}; "
+                                     "there is nothing to choose by: look at the reward, and at learning_rate")  # fmt: skip
+        alive = sorted(alive, key=lambda row: (-row["score"][until], row["learning_rate"]))
         if len(alive) <= 3:
             break
-        alive = alive[: len(alive) // 2]
-    if not alive:
-        raise FloatingPointError(
-            "no candidate has a finite loss and a reward; look at the reward, or lower learning_rate"
-        )
+        alive = [row for row in alive[: len(alive) // 2] if row["score"][until] > -math.inf]
     best = alive[0]
-    if first:
+    if rank == 0:
         path = write_settings(root / "best.args", without(argv, *tuned), *flags(best))
         print(f"\n{'learning_rate':>13} {'r':>4}" + "".join(f"{f'to {stop}':>9}" for stop in best["score"]))
-        for row in rows:
+        for row in candidates:
             cells = (f"{row['score'][stop]:>9.3f}" if stop in row["score"] else f"{'':>9}" for stop in best["score"])
             print(f"{row['learning_rate']:>13g} {row['r']:>4}{''.join(cells)}{'   best' if row is best else ''}")
-        print(
-            f"\nmean training rewards; {spent} updates, where {len(rows)} whole runs take {len(rows) * args.max_steps}"
-        )
-        if best["learning_rate"] in (rows[0]["learning_rate"], rows[7]["learning_rate"]):
-            print(f"the best rate is at the edge: tune again with --learning_rate {best['learning_rate']:g}")
+        whole = f"{len(candidates)} whole runs take {len(candidates) * args.max_steps}"
+        print(f"\nmean training rewards; {spent} updates, where {whole}")
+        rates = [row["learning_rate"] for row in candidates if row["r"] == best["r"]]
+        if best["learning_rate"] in (rates[0], rates[-1]):
+            print(f"the best rate is at the edge: tune again with {' '.join(flags(best))}")
         print(f"go on with: python grpo_lora.py @{path}")
     return root / "best.args"
 
@@ -2355,7 +2394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = trainer.args.output_dir
     say(f"writing to {out}/")
     try:
-        if trainer.rank == 0:
+        if trainer.rank == 0 and not (trainer.args.resume and (Path(str(out)) / "settings.args").exists()):
             write_settings(Path(str(out)) / "settings.args", argv)
         trainer.train()
         if trainer.rank == 0:

@@ -27,6 +27,7 @@ from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -915,13 +916,28 @@ def test_a_policy_that_is_not_finite_itself_is_not_saved(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_policy_that_is_nan_is_noticed_where_no_group_has_an_advantage():
+    t = trainer(reward=lambda completions, **columns: [1.0] * len(completions))
+    assert update(t)["skipped_updates"] == 0
+    next(p for name, p in t.params.items() if "lora_B" in name).detach().fill_(math.nan)
+    assert update(t)["skipped_updates"] == 1
+
+
+def test_a_run_that_three_bad_updates_ended_ends_at_once_when_it_is_resumed(tmp_path):
+    for updates in (3, 4):
+        t = trainer(max_steps=9, save_steps=1, output_dir=str(tmp_path), resume=updates > 3)
+        t.update = lambda rows, original=t.update: original(rows) | {"skipped_updates": 1}
+        with pytest.raises(FloatingPointError, match=f"update {updates}: {updates} updates in a row"):
+            t.train()
+
+
 @pytest.mark.parametrize("settings", [{}, {"top_entropy_quantile": 0.5}, {"mask_truncated_completions": True}])
 def test_what_an_update_did_to_each_token_is_recorded(settings, tmp_path):
     t = trainer(
         num_completions_to_log=8, log_tokens_steps=1, max_steps=1, output_dir=str(tmp_path), temperature=0.7, **settings
     )
     t.train()
-    rows, (rollout, batches) = lines(tmp_path / "completions.jsonl"), t.last
+    rows, (rollout, batches) = lines(tmp_path / "completions.jsonl"), t.last_batch
     whole = dataclasses.replace(rollout, completion_mask=completion_mask(rollout.completion_ids, t.eos_token_ids))
     after = one_by_one(t.model, whole)
     assert len(rows) == 8 and all(len(row["tokens"]) == row["length"] for row in rows)
@@ -1555,77 +1571,84 @@ def test_settings_may_stand_in_a_file_which_each_run_leaves_behind(model_dir, da
         assert main([f"@{tmp_path}/{bad}"]) == 2 and f"{bad}: not a file of settings" in capsys.readouterr().err
 
 
-TUNING = [
-    "--prompts_per_step",
-    "4",
-    "--num_generations",
-    "4",
-    "--max_completion_length",
-    "6",
-    "--max_steps",
-    "10",
-    "--r",
-    "2",
-]
+TUNING = "--prompts_per_step 4 --num_generations 4 --max_completion_length 6 --max_steps 30 --r 2".split()
 
 
-def test_tuning_halves_runs_that_are_beginnings_of_whole_ones_and_writes_what_a_run_takes(
-    model_dir, data, tmp_path, capsys
-):
-    (tmp_path / "r.py").write_text("from test_training import digits")
-    command = [
-        "--model",
-        str(model_dir),
-        "--data",
-        str(data),
-        "--rewards",
-        f"{tmp_path}/r.py:digits",
-        *TUNING,
-        "--seed",
-        "5",
-    ]
+def test_no_file_beside_the_script_is_read_unasked(tmp_path):
+    (tmp_path / "grpo_lora.args").write_text("--seed 77")
+    with mock.patch.object(sys, "argv", [str(tmp_path / "grpo_lora.py")]):
+        assert grpo_lora.parse([])[2].seed == 0
+
+
+def tuning(model_dir, data, folder) -> list[str]:
+    (folder / "r.py").write_text("from test_training import digits")
+    return ["--model", str(model_dir), "--data", str(data), "--rewards", f"{folder}/r.py:digits", *TUNING]
+
+
+def test_tuning_halves_runs_that_are_beginnings_of_whole_ones_and_can_be_resumed(model_dir, data, tmp_path, capsys):
     out = tmp_path / "tuning"
-    assert main([*command, "--tune", "--learning_rate", "0.008", "--output_dir", str(out)]) == 0
+    command = [*tuning(model_dir, data, tmp_path), "--seed", "5", "--learning_rate", "0.008"]
+    assert main([*command, "--tune", "--output_dir", str(out)]) == 0
     said = capsys.readouterr().out
     folders = {p.name.removeprefix("learning_rate"): p for p in out.iterdir() if p.is_dir()}
     assert sorted(map(float, folders)) == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064]
-    updates = sorted(len(lines(folder / "metrics.jsonl")) for folder in folders.values())
-    assert updates == [1, 1, 1, 1, 2, 2, 4, 4] and "16 updates, where 8 whole runs take 80" in said
-    reward = {x: {row["step"]: row["reward"] for row in lines(f / "metrics.jsonl")} for x, f in folders.items()}
-    third = sorted(reward, key=lambda x: (-reward[x][1], float(x)))[:4]  # the better half, by the first tenth
-    assert {x for x in reward if 2 in reward[x]} == set(third)
-    best = max((x for x in reward if 4 in reward[x]), key=lambda x: reward[x][3] + reward[x][4])
+    rewards = {x: [row["reward"] for row in lines(folder / "metrics.jsonl")] for x, folder in folders.items()}
+    assert sorted(map(len, rewards.values())) == [3, 3, 3, 3, 6, 6, 12, 12]
+    assert "48 updates, where 8 whole runs take 240" in said
+    better = lambda among, a, b: sorted(among, key=lambda x: (-sum(rewards[x][a:b]), float(x)))
+    four = better(rewards, 0, 3)[:4]
+    two = better(four, 3, 6)[:2]
+    best = better(two, 6, 12)[0]
+    assert {x for x in rewards if len(rewards[x]) > 3} == set(four) and {
+        x for x in rewards if len(rewards[x]) > 6
+    } == set(two)
     script, lora, args = grpo_lora.parse([f"@{out}/best.args"])
     assert args.learning_rate == float(best) and script.tune is None and args.output_dir is None and lora.r == 2
     assert main([f"@{out}/best.args", "--output_dir", str(tmp_path / "whole")]) == 0
     drop = lambda rows: [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
-    assert drop(lines(tmp_path / "whole/metrics.jsonl"))[:4] == drop(lines(folders[best] / "metrics.jsonl"))
+    assert drop(lines(tmp_path / "whole/metrics.jsonl"))[:12] == drop(lines(folders[best] / "metrics.jsonl"))
     # interrupted and resumed, it comes to the same
     before = (out / "best.args").read_text()
     shutil.rmtree(folders[best])
-    assert main([*command, "--tune", "--learning_rate", "0.008", "--output_dir", str(out)]) == 2  # not empty
-    assert main([*command, "--tune", "--learning_rate", "0.008", "--output_dir", str(out), "--resume"]) == 0
+    assert main([*command, "--tune", "--output_dir", str(out), "--resume"]) == 0
     assert (out / "best.args").read_text() == before
-    assert main([*command, "--tune", "--output_dir", str(tmp_path / "short"), "--max_steps", "9"]) == 2
-    assert "max_steps = 9" in capsys.readouterr().err
 
 
-def test_tuning_a_rank_too_and_what_diverges_is_out(model_dir, data, tmp_path, capsys, monkeypatch):
-    (tmp_path / "r.py").write_text("from test_training import digits")
-    command = ["--model", str(model_dir), "--data", str(data), "--rewards", f"{tmp_path}/r.py:digits", *TUNING]
-    original = GRPOTrainer.train
-
-    def train(self, until=None):
-        if self.args.learning_rate > 0.05:
-            raise FloatingPointError("three in a row")
-        return original(self, until)
-
-    monkeypatch.setattr(GRPOTrainer, "train", train)
+def test_tuning_a_rank_too(model_dir, data, tmp_path, capsys):
+    command = tuning(model_dir, data, tmp_path)
     assert main([*command, "--tune", "learning_rate,r", "--output_dir", str(tmp_path / "out")]) == 0
     _, lora, args = grpo_lora.parse([f"@{tmp_path}/out/best.args"])
-    assert lora.r in (1, 2, 8) and 0 < args.learning_rate < 0.05 and "-inf" in capsys.readouterr().out
-    assert main([*command, "--tune", "--learning_rate", "100", "--output_dir", str(tmp_path / "none")]) == 1
-    assert "no candidate has a finite loss" in capsys.readouterr().err
+    folders = [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+    assert lora.r in (1, 2, 8) and len(folders) == 24 and "24 whole runs" in capsys.readouterr().out
+    assert (tmp_path / f"out/learning_rate{args.learning_rate:g}--r{lora.r}").is_dir()
+
+
+def test_tuning_drops_what_diverges_on_resuming_too(model_dir, data, tmp_path, capsys):
+    command = [
+        *tuning(model_dir, data, tmp_path),
+        "--beta",
+        "0.01",
+        "--learning_rate",
+        "1e20",
+        "--tune",
+        "--max_steps",
+        "60",
+    ]
+    for more in ([], ["--resume"]):
+        assert main([*command, "--output_dir", str(tmp_path / "out"), *more]) == 1
+        assert "every candidate has a mean reward of -inf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(["--max_steps", "29"], "at least 30"), (["--warmup_steps", "1"], "at least 40"), (["--learning_rate", "0"], "above 0"),
+     (["--tune", "learning_rate,r", "--adapter", "x"], "tune learning_rate alone"), (["--resume"], "needs output_dir"),
+     (["--output_dir", "."], "not empty"), (["--tune", "epsilon"], "invalid choice")],
+)  # fmt: skip
+def test_a_tuning_that_cannot_work_is_refused(change, words, model_dir, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*grpo_lora.without(tuning(model_dir, data, tmp_path), "r"), "--tune", *change]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 @pytest.fixture
@@ -1642,7 +1665,7 @@ def test_the_report_shows_hostile_text_as_text_and_runs_without_tokens(report, t
     page = report.report(tmp_path)
     assert "<script" not in page and "\u202e" not in page and "&lt;script&gt;" in page and "http" not in page
     assert page.count("<svg") >= 8 and page.count("<tr>") == 2 * (1 + 4) and 'class="clipped"' in page
-    with pytest.raises(ValueError, match="update 2: no completion of it was recorded; there are some of 3"):
+    with pytest.raises(ValueError, match="update 2: its tokens were not recorded; there are those of 3"):
         report.report(tmp_path, [2])
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "nowhere")])
     assert report.main() == 2 and "is its folder one of a run?" in capsys.readouterr().err
@@ -2825,6 +2848,11 @@ GALLERY = [
         "test_old_checkpoints_are_counted_from_the_present_update"),
     Bug(31, "what a reward logs replaces the trainer's own metric of that name", "this project", "grpo_lora.py",
         "metrics = own | metrics | own", "metrics = own | metrics", "test_names_that_rewards_log_do_not_stand_in_for_ours"),
+    Bug(32, "a file named like the script is read as settings, unasked", "this project", "grpo_lora.py",
+        ", look_for_args_file=False", "", "test_no_file_beside_the_script_is_read_unasked"),
+    Bug(33, "a NaN policy goes unnoticed where all rewards are equal", "this project", "grpo_lora.py",
+        "total = 0.0 if rollout.logps.isfinite().all() else math.nan", "total = 0.0",
+        "test_a_policy_that_is_nan_is_noticed_where_no_group_has_an_advantage"),
 ]
 # fmt: on
 HERE = Path(__file__).parent
@@ -2883,6 +2911,6 @@ def test_gallery_every_known_bug_is_noticed_when_put_back_in(bug, monkeypatch):
 
 
 def test_gallery_covers_all_bugs_and_readme_lists_them():
-    assert {bug.number for bug in GALLERY} == set(range(1, 32))
+    assert {bug.number for bug in GALLERY} == set(range(1, 34))
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     assert all(f"| {bug.number} | {bug.what} | {bug.seen} | `{bug.test}` |" in readme for bug in GALLERY)

@@ -30,15 +30,19 @@ def sides(folder: str, P: int, G: int, T: int, L: int) -> dict[str, Callable[[],
     """Name -> one rollout."""
     load = lambda **more: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
     model, static, compiled = load(), load(), load()
+    paged = load(attn_implementation="sdpa_paged")
+    for m in (model, static, compiled, paged):
+        m.generation_config.eos_token_id = None  # generate would fall back to it
     compiled.forward = torch.compile(compiled.forward, dynamic=False)
     ids = torch.randint(100, 40_000, (P, L), generator=torch.Generator().manual_seed(0))
     mask, rows = torch.ones_like(ids, dtype=torch.bool), ids.repeat_interleave(G, dim=0)
     plain = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "max_new_tokens": T, "pad_token_id": 0}
-    theirs = lambda m, **more: m.generate(
-        rows,
-        attention_mask=torch.ones_like(rows),
-        generation_config=GenerationConfig(**plain, eos_token_id=None, **more),
-    )
+
+    def theirs(m, **more) -> None:
+        settings = GenerationConfig(**plain, **more)
+        out = m.generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
+        assert out.shape[1] == L + T, out.shape
+
     ours = lambda: generate(
         model, ids, mask, num_generations=G, max_completion_length=T, temperature=1.0, eos_token_ids=[], pad_token_id=0
     )  # fmt: skip
@@ -48,7 +52,6 @@ def sides(folder: str, P: int, G: int, T: int, L: int) -> dict[str, Callable[[],
         "static cache": lambda: theirs(static, cache_implementation="static", disable_compile=True),
         "static cache, compiled": lambda: theirs(compiled, cache_implementation="static", disable_compile=True),
     }
-    paged = load(attn_implementation="sdpa_paged")
     found["continuous batching"] = lambda: paged.generate_batch(
         inputs=rows.tolist(), generation_config=GenerationConfig(**plain, eos_token_id=-1), progress_bar=False
     )

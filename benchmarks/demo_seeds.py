@@ -1,6 +1,6 @@
 """The demo on five seeds; and its control, the same runs with the rewards shuffled among the completions.
 
-    python benchmarks/demo_seeds.py        # some 3 minutes on two cores; writes benchmarks/demo_seeds.json
+    python benchmarks/demo_seeds.py        # some 3 minutes on two cores; writes demo_seeds.json and demo_seeds.png
 
 Thinking pays only through its own rewards: with the same rewards handed to random completions nothing should improve.
 """
@@ -30,7 +30,34 @@ def demo(folder: str, seed: int, *extra: str) -> dict:
     name = f"{'shuffled' if extra else 'demo'}-{seed}"
     command = [sys.executable, str(HERE.parent / "grpo_lora.py"), "--seed", str(seed), "--output_dir", name, *extra]
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return json.loads((Path(folder) / name / "summary.json").read_text())
+    rows = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [row for row in rows if "eval_accuracy" in row]
+    names = ("step", "eval_accuracy", "eval_think_rate", "eval_completions/mean_length")
+    curves = {key.rpartition("/")[2]: [round(row[key], 4) for row in evaluated] for key in names}
+    return json.loads((Path(folder) / name / "summary.json").read_text()) | {"curves": curves}
+
+
+def draw(result: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = {
+        "eval_accuracy": "accuracy",
+        "eval_think_rate": "share that thinks",
+        "mean_length": "tokens per completion",
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+    for axis, (key, label) in zip(axes, shown.items(), strict=True):
+        for kind, colour in (("demo", "C0"), ("shuffled", "C7")):
+            for i, run in enumerate(result[kind]):
+                name = {"demo": "rewards as they are", "shuffled": "rewards shuffled"}[kind] if i == 0 else None
+                axis.plot(run["curves"]["step"], run["curves"][key], color=colour, alpha=0.7, marker=".", label=name)
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("update")
+    axes[0].legend(fontsize=8)
+    figure.savefig(HERE / "demo_seeds.png", dpi=110)
 
 
 def main() -> None:
@@ -40,6 +67,7 @@ def main() -> None:
     machine = f"{platform.machine()}, two cores, Python {platform.python_version()}"
     result = {"command": "python benchmarks/demo_seeds.py", "machine": machine, "demo": runs, "shuffled": control}
     (HERE / "demo_seeds.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result)
     for kind, rows in (("demo", runs), ("rewards shuffled", control)):
         print(f"\n{kind:<18} accuracy        thinking        length         seconds")
         for row in rows:

@@ -112,7 +112,8 @@ def train(job: dict) -> dict:
             trainer.train()
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     updates, after = rows[1:], trainer.evaluate()["eval_accuracy"] if trainer.finite() else 0.0
-    short = lambda name: [round(row[name], 3) if row.get(name) is not None else None for row in updates]
+    missing = settings["max_steps"] // settings.get("num_iterations", 1) - len(updates)  # of a run that ended in NaN
+    short = lambda name: [None if row.get(name) is None else round(row[name], 3) for row in updates] + [0.0] * missing
     curves = {"reward": short("reward"), "length": short("completions/mean_length"), "kl": short("kl")}
     result = {"accuracy_before": rows[0]["eval_accuracy"], "accuracy_after": after, **curves}
     return (

@@ -1,6 +1,7 @@
 """Mutation testing: change the code in one small way at a time, and see whether a test notices.
 
     python benchmarks/mutate.py [--every N] [--only lora.py]        # writes benchmarks/mutations.json
+    python benchmarks/mutate.py --again        # only what survived and has no reason, with the tests as they are now
 
 Mutants: comparisons, arithmetic and Boolean operators exchanged, `not` and unary minus dropped, numbers and truth values
 changed, statements deleted. Judged: lora.py, rewards.py, and of grpo_lora.py the objective, log-prob and rollout parts. Left
@@ -155,23 +156,52 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
         "a draw lies on a boundary once in 2 ** 53",
     ("lm.hidden(prompt_ids[:1], prompt_mask[:1])", "1", "2"): "a dummy forward for the other processes, of two rows",
     (DUMMY, "0", "1"): "t + 1 is above 1 already",
-    (DUMMY, "steps if lm.sharded else 0", "0 if lm.sharded else steps"): "a gap, since closed by a test that counts forwards",
     ("slope = p.mul_(-1 / T).scatter_add_(1, y.unsqueeze(1), p.new_full((len(y), 1), 1 / T))", "1", "2"):
         "a second column, which scatter_add_ does not read",
     ('entropies.append(-torch.einsum("nv,nv->n", p, z.clamp_(min=-1e4)))  # 0 log 0 = 0', "10000.0", "10001.0"):
         "any finite number does",
-    ('raise ValueError(', "raise ValueError(f'peft adapter {name!r} adds virtual tokens "
-        "outside the inner model; use LoRA or the like')",
-        "pass"): "a gap, since closed by test_pefts_virtual_tokens_are_refused",
-    ("cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]",
-        "_RoomyLayer(room) if type(layer) is DynamicLayer else layer",
-        "layer if type(layer) is DynamicLayer else _RoomyLayer(room)"): "a gap, since closed by test_a_cache_has_room_...",
     ("model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 128",
         "True", "False"): "both paths give the same, which other tests show",
     ("return zero + torch.zeros_like(mask, dtype=h.dtype), torch.zeros_like(mask, dtype=h.dtype)",
         "zero + torch.zeros_like(mask, dtype=h.dtype)", "zero - torch.zeros_like(mask, dtype=h.dtype)"): "zeros",
     ("def new_cache(self, room: int = 0) -> DynamicCache:", "0", "1"): "a cache with room holds the same",
+    ("x = torch.ones(2, weight.shape[1], dtype=weight.dtype, device=weight.device)", "2", "3"): "rows of a trial input",
+    ("U, S, Vh = torch.linalg.svd(self._oriented(W).to(A.dtype), full_matrices=False)", "False", "True"):
+        "only the first r vectors are used",
+    ('names = ", ".join(sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()}))', "1", "2"):
+        "which names a refusal suggests",
+    ("state = dict(module.trained.state_dict(keep_vars=True))", "True", "False"): "what is written and copied is the same",
+    ('json.dumps(config, indent=2, sort_keys=True) + "\\n", encoding="utf-8"', "2", "3"): "how a file is indented",
+    ('start, last = -1, ""', "1", "2"): "what is in a box starts at 7 at the earliest",
+    ("assert found is not None and found.loader is not None", "found is not None and found.loader is not None",
+        "found is not None or found.loader is not None"): "both always hold: it is said for the type checker",
+    ("near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]", "1", "2"): "of two, the first is the same",
+    ("log_ratio = (logps - old_logps).clamp(max=80)  # where exp is finite in float32: 0·inf would make the gradient NaN",
+        "80", "81"): "exp is finite there too",
+    ('stats["cispo_clip_ratio"] = (ratio > high) & (A > 0)', "ratio > high", "ratio >= high"): EDGE,
+    ("kl = kl_penalty(logps, torch.where(mask, ref_logps, 0.0), estimator=kl_estimator)", "0.0", "1.0"):
+        "the mask drops it: any finite number does",
+    ("log_w = log_ratio.clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)", "20", "21"):
+        "the weight is 0 from w = e^7 on",
+    ("past = old.shape[-2] if old.numel() else 0", "-2", "2"): AXES,
+    ('if getattr(self.core.config, "is_encoder_decoder", False):', "False", "True"): "all configs have it",
+    ('self.takes_cache = "past_key_values" in accepted and not getattr(self.core, "_is_stateful", False)', "False", "True"):
+        "all models have it",
+    ("logits = self.core(input_ids=dummy, use_cache=False).logits[0]", "False", "True"): "the stub has no cache",
+    ("tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)",
+        "draws[alive, t:t + 1] * cdf[:, -1:]", "draws[alive, t:t + 1] / cdf[:, -1:]"): "cdf ends at 1 but for rounding",
+    ("model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 128",
+        "128", "129"): "the size of a chunk changes nothing, which other tests show",
+    ("if torch.is_grad_enabled() and lm.head_is_trained():", "torch.is_grad_enabled() and lm.head_is_trained()",
+        "torch.is_grad_enabled() or lm.head_is_trained()"): "for a frozen head both ways give the same",
+    ("mask.shape[1] - 1, int(lm.sharded)", "mask.shape[1] - 1", "mask.shape[1] + 1"): "a column more, which is cut off below",
 }  # fmt: skip
+
+
+def reason(mutant: dict) -> str:
+    return EQUIVALENT.get((mutant["source"], mutant["was"], mutant["is"]), "")
+
+
 LATE = "not (gallery or processes or process_that_dies or torchrun or random_moments or signal_finishes or thousand or "
 LATE += "killed or hangs or demo or frequency or warning or out_of_memory or trls_accumulated or family_is_scored)"
 
@@ -232,6 +262,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="judge every N-th mutant")
     parser.add_argument("--only", nargs="*", default=["lora.py", "rewards.py", "grpo_lora.py"])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="judge the survivors without a reason again")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -245,6 +276,12 @@ def main() -> None:
     print(f"{len(order)} tests, {sum(seconds.values()):.0f} s", flush=True)
 
     work = [m for file in options.only for m in mutants(file)][:: options.every]
+    known, kept = {"mutants": len(work)}, []
+    if options.again:
+        known = json.loads((HERE / "mutations.json").read_text())
+        kept = [s for s in known["survivors"] if reason(s)]
+        again = [(s["source"], s["was"], s["is"]) for s in known["survivors"] if not reason(s)]
+        work = [m for m in work if (m[0]["source"], m[0]["was"], m[0]["is"]) in again]
     print(f"{len(work)} mutants", flush=True)
     running, results, favourites = {}, [], {}
 
@@ -269,12 +306,11 @@ def main() -> None:
     while running:
         finish()
 
-    survivors = [{k: r[k] for k in ("file", "source", "was", "is")} for r in results if not r["killed_by"]]
-    for mutant in survivors:
-        mutant["why"] = EQUIVALENT.get((mutant["source"], mutant["was"], mutant["is"]), "")
-    killed = len(results) - len(survivors)
+    survivors = kept + [{k: r[k] for k in ("file", "source", "was", "is")} for r in results if not r["killed_by"]]
+    survivors = [mutant | {"why": reason(mutant)} for mutant in survivors]
+    total, killed = known["mutants"], known["mutants"] - len(survivors)
     command = "python benchmarks/mutate.py" + (f" --every {options.every}" if options.every > 1 else "")
-    summary = {"command": command, "mutants": len(results), "killed": killed, "score": killed / len(results)}
+    summary = {"command": command, "mutants": total, "killed": killed, "score": killed / total}
     summary["survivors_without_a_reason"] = sum(not mutant["why"] for mutant in survivors)
     (HERE / "mutations.json").write_text(json.dumps(summary | {"survivors": survivors}, indent=1) + "\n")
     print(summary)

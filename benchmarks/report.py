@@ -7,6 +7,7 @@ The page needs no network and has no script in it. ValueError, in one line, for 
 """
 
 import argparse
+import dataclasses
 import html
 import itertools
 import json
@@ -47,22 +48,36 @@ def text(value: Any) -> str:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's file; a torn last one, of a run that goes on or was killed, is left out."""
-    rows = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}: is its folder one of a run?") from None
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty, or torn
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"] = int(rows[-1]["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
     return rows
+
+
+def settings_of(folder: Path) -> tuple[str, grpo_lora.GRPOConfig | None]:
+    """The command line of a run, and its settings: from it or from a checkpoint; None where there is neither."""
+    if (folder / "settings.args").exists():
+        command = (folder / "settings.args").read_text(encoding="utf-8", errors="replace").strip()
+        return f"python grpo_lora.py {command}", grpo_lora.parse([f"@{folder}/settings.args"])[2]
+    for state in sorted(folder.glob("checkpoint-*/state.json")):
+        run = json.loads(state.read_text(encoding="utf-8"))["run"]
+        names = {f.name for f in dataclasses.fields(grpo_lora.GRPOConfig)}
+        return "from Python", grpo_lora.GRPOConfig(**{key: value for key, value in run.items() if key in names})
+    return "from Python; settings unknown, so no token is marked as clipped", None
 
 
 def curve(rows: list[dict[str, Any]], names: list[str]) -> str:
     """Some metrics against updates, as SVG; '' if the run has none of them."""
     lines = {name: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in names}
-    lines = {name: points for name, points in lines.items() if points}
+    lines = {name: points[:: len(points) // 500 + 1] for name, points in lines.items() if points}
     if not lines:
         return ""
     xs, ys = zip(*itertools.chain(*lines.values()), strict=True)
@@ -84,33 +99,49 @@ def curve(rows: list[dict[str, Any]], names: list[str]) -> str:
     return f'<svg viewBox="0 0 320 162" role="img" aria-label="{text(", ".join(lines))}">{"".join(parts)}</svg>'
 
 
-def clipped(sample: dict[str, Any], args: grpo_lora.GRPOConfig) -> list[bool]:
-    """Which tokens the update has brought past the bound on their ratio, where another one would not push them on."""
-    A, n = sample.get("advantage") or 0.0, len(sample["tokens"])
-    logs = [after - before for before, after in zip(sample["logps_sampled"], sample["logps_after"], strict=True)]
+def changes(sample: dict[str, Any]) -> list[float]:
+    """Log-prob of each token after the update minus that when it was sampled; 0 where one is not finite."""
+    if "logps_after" not in sample:
+        return []
+    pairs = zip(sample["logps_sampled"], sample["logps_after"], strict=True)
+    return [0.0 if before is None or after is None else after - before for before, after in pairs]
+
+
+def clipped(sample: dict[str, Any], args: grpo_lora.GRPOConfig | None) -> list[bool]:
+    """Which tokens the update has brought to the bound on their ratio, here against the sampler's log-probs."""
+    A, logs = sample.get("advantage") or 0.0, changes(sample)
+    if args is None or args.loss_type in ("sapo", "vespo"):  # which bend and do not clip
+        return [False] * len(logs)
     if args.importance_sampling_level == "sequence":
-        logs = [sum(logs) / max(n, 1)] * n
-    high = 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high)
-    if args.loss_type in ("sapo", "vespo"):  # which bend and do not clip
-        return [False] * n
+        logs = [sum(logs) / max(len(logs), 1)] * len(logs)
+    ratios = [math.exp(min(x, 80.0)) for x in logs]
     if args.loss_type == "cispo":
-        return [A > 0 and math.exp(x) > high - 1 for x in logs]
-    return [math.exp(x) > high if A > 0 else A < 0 and math.exp(x) < 1 - args.epsilon for x in logs]
+        return [ratio > (args.epsilon_high or math.inf) for ratio in ratios]
+    delta = args.delta or math.inf
+    high = min(1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high), delta)
+    return [ratio > high if A > 0 else A < 0 and not 1 - args.epsilon <= ratio <= delta for ratio in ratios]
 
 
-def completion(sample: dict[str, Any], strongest: float, args: grpo_lora.GRPOConfig) -> str:
+def completion(sample: dict[str, Any], strongest: float, args: grpo_lora.GRPOConfig | None) -> str:
     """A completion, each token coloured by advantage × (log-prob after - log-prob when sampled)."""
-    if "tokens" not in sample:
+    if "logps_after" not in sample:
         return text(sample["completion"])
     A, spans = sample.get("advantage") or 0.0, []
     columns = (sample[name] for name in ("tokens", "logps_sampled", "logps_after", "trained"))
-    for token, before, after, trained, past in zip(*columns, clipped(sample, args), strict=True):
-        effect = A * (after - before)
-        strength = min(1.0, abs(effect) / strongest)
-        colour = f"rgba({'34, 139, 84' if effect > 0 else '214, 69, 65'}, {0.65 * strength:.2f})"
-        marks = " ".join(name for name, on in (("clipped", past and trained), ("masked", not trained)) if on)
-        about = f"p {math.exp(before):.3g} → {math.exp(after):.3g}, log-prob {after - before:+.3g}, × advantage {effect:+.3g}"
-        about += ", past the clip bound" if past and trained else "" if trained else ", not in the loss"
+    for token, before, after, trained, change, at_bound in zip(
+        *columns, changes(sample), clipped(sample, args), strict=True
+    ):
+        effect = A * change
+        colour = (
+            f"rgba({'34, 139, 84' if effect > 0 else '214, 69, 65'}, {0.65 * min(1.0, abs(effect) / strongest):.2f})"
+        )
+        marks = " ".join(name for name, on in (("clipped", at_bound and trained), ("masked", not trained)) if on)
+        about = "not finite"
+        if before is not None and after is not None:
+            about = (
+                f"p {math.exp(before):.3g} → {math.exp(after):.3g}, log-prob {change:+.3g}, × advantage {effect:+.3g}"
+            )
+        about += "" if trained else ", not in the policy term"
         shown = text(token).replace("\n", "⏎\n") or "∅"
         spans.append(f'<span class="{marks}" style="background: {colour}" title="{about}">{shown}</span>')
     return "".join(spans)
@@ -121,16 +152,13 @@ def prompt_of(sample: dict[str, Any]) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def update(samples: list[dict[str, Any]], args: grpo_lora.GRPOConfig, opened: bool) -> str:
+def update(samples: list[dict[str, Any]], args: grpo_lora.GRPOConfig | None, opened: bool) -> str:
     """The groups of one update, best completions first."""
-    effects = sorted(
-        abs((s.get("advantage") or 0.0) * (after - before))
-        for s in samples for before, after in zip(s.get("logps_sampled", ()), s.get("logps_after", ()), strict=True)
-    )  # fmt: skip
+    effects = sorted(abs((s.get("advantage") or 0.0) * change) for s in samples for change in changes(s))
     strongest = (effects[int(0.98 * (len(effects) - 1))] if effects else 0.0) or 1.0
     parts = [f"<details{' open' if opened else ''}><summary>update {samples[0]['step']}</summary>"]
     parts.append(f'<p class="note">full colour at ±{strongest:.2g}</p>')
-    for _, group in itertools.groupby(samples, key=lambda sample: sample["group"]):
+    for _, group in itertools.groupby(samples, key=lambda sample: sample.get("group")):
         rows = sorted(group, key=lambda sample: -(sample.get("advantage") or 0.0))
         names = [name for name in rows[0] if name.startswith("rewards/")]
         heads = "".join(f'<th class="n">{text(name.removeprefix("rewards/"))}</th>' for name in names)
@@ -147,19 +175,13 @@ def update(samples: list[dict[str, Any]], args: grpo_lora.GRPOConfig, opened: bo
 def report(folder: Path, chosen: list[int] | None = None) -> str:
     """The page, as HTML."""
     metrics, samples = rows_of(folder / "metrics.jsonl"), rows_of(folder / "completions.jsonl")
-    settings, args = folder / "settings.args", grpo_lora.GRPOConfig()
-    command = "from Python"
-    if settings.exists():
-        command = f"python grpo_lora.py {settings.read_text(encoding='utf-8').strip()}"
-        args = grpo_lora.parse([f"@{settings}"])[2]
-    steps = sorted({s["step"] for s in samples if "tokens" in s})
-    some = (
-        sorted({steps[i * (len(steps) - 1) // 4] for i in range(5)}) if steps else []
-    )  # first and last, and three between
-    missing = sorted(set(chosen or ()) - {s["step"] for s in samples if s.get("split") != "eval"})
+    command, args = settings_of(folder)
+    steps = sorted({s["step"] for s in samples if "logps_after" in s})
+    shown = sorted({steps[i * (len(steps) - 1) // 4] for i in range(5)}) if steps else []  # first, last, three between
+    missing = sorted(set(chosen or ()) - set(steps))
     if missing:
         raise ValueError(
-            f"update {missing[0]}: no completion of it was recorded; there are some of {', '.join(map(str, steps))}"
+            f"update {missing[0]}: its tokens were not recorded; there are those of {', '.join(map(str, steps))}"
         )
     parts = [f"<h1>{text(folder.resolve().name)}</h1><p><code>{text(command)}</code></p>"]
     warnings = [(row["step"], warning) for row in metrics for warning in row.get("warnings", ())]
@@ -170,13 +192,14 @@ def report(folder: Path, chosen: list[int] | None = None) -> str:
         "in the group. Each token is coloured by advantage × (log-prob after the update - log-prob when it was sampled): "
         '<span style="background: rgba(34, 139, 84, .5)">green</span> moved the way its completion\'s advantage asks, '
         '<span style="background: rgba(214, 69, 65, .5)">red</span> the other way, pushed by what other completions taught. '
-        '<span class="clipped">Dashed</span>: past the clip bound. <span class="masked">Struck out</span>: not in the loss. '
+        '<span class="clipped">Dashed</span>: at the bound on its ratio. '
+        '<span class="masked">Struck out</span>: not in the policy term. '
         "Point at a token for its numbers.</p>"
     )
     trained = [s for s in samples if s.get("split") != "eval"]
-    for i, step in enumerate(chosen or some):
+    for i, step in enumerate(chosen or shown):
         parts.append(update([s for s in trained if s["step"] == step], args, opened=i == 0))
-    if not (chosen or some):
+    if not (chosen or shown):
         parts.append('<p class="note">This run did not record its tokens (--log_tokens_steps).</p>')
     held_out = [s for s in samples if s.get("split") == "eval"]
     if held_out:
@@ -201,10 +224,10 @@ def main() -> int:
     options = parser.parse_args()
     try:
         page = report(options.folder, options.updates)
-    except ValueError as error:
+        (options.folder / "report.html").write_text(page, encoding="utf-8")
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    (options.folder / "report.html").write_text(page, encoding="utf-8")
     print(options.folder / "report.html")
     return 0
 

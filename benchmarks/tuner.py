@@ -25,16 +25,16 @@ ON_MODEL = [
     "--max_completion_length",
     "32",
     "--warmup_steps",
-    "2",
+    "1",
     "--max_steps",
     "40",
 ]
 
 
 def python(*words: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *words], check=True, stdout=subprocess.PIPE, env=os.environ | environment, text=True
-    )
+    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, env=os.environ | environment, text=True)
+    if done.returncode not in (0, 1):  # 1: a rate that diverged
+        sys.exit(f"{words} ended with status {done.returncode}")
     return done.stdout
 
 
@@ -54,8 +54,9 @@ def compare(name: str, settings: list[str], steps: int) -> dict:
         list(pool.map(finish, sorted(folders, reverse=True)))
     rows = []
     for rate, folder in sorted(folders.items()):
-        whole = [row["reward"] for row in read(folder) if row["step"]]
-        accuracy = [row["eval_accuracy"] for row in read(folder) if "eval_accuracy" in row][-1]
+        whole = [row["reward"] or 0.0 for row in read(folder) if row["step"]]
+        whole += [0.0] * (steps - len(whole))  # it diverged
+        accuracy = [row["eval_accuracy"] for row in read(folder) if "eval_accuracy" in row][-1:]
         row = {"learning_rate": rate, "updates_of_the_tuner": len(tuned[rate]), "reward": sum(whole) / steps}
         rows.append(row | {"reward_last_fifth": sum(whole[-steps // 5 :]) / (steps // 5), "accuracy_after": accuracy})
         print(json.dumps(rows[-1]), flush=True)
