@@ -159,7 +159,7 @@ class LoRALinear(_Switchable):
         self.lora_magnitude_vector: nn.Parameter | None = None
         self.residual: Tensor | None
         self.register_buffer("residual", None, persistent=False)  # PiSSA's weight while the adapter is on
-        self.merged: Tensor | None = None
+        self.merged: tuple[Tensor, Tensor | None] | None = None  # dense weight (out, in) and bias, within lora_merged
         with torch.no_grad():
             self._init_weights(config, r)
 
@@ -207,7 +207,7 @@ class LoRALinear(_Switchable):
         if self.disabled:
             return self.base_layer(x)
         if self.merged is not None:
-            return F.linear(x, self._oriented(self.merged), self.base_layer.bias)
+            return F.linear(x, *self.merged)
         if self.residual is not None:
             result = F.linear(x, self._oriented(self.residual), self.base_layer.bias)
         else:
@@ -340,8 +340,8 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
             for layer in layers:
                 with torch.no_grad():
                     merged = layer.merged_weight()
-                layer.merged = merged.requires_grad_()  # so that a backward pass comes by here, and is refused
-                layer.merged.register_hook(refuse)
+                merged.requires_grad_().register_hook(refuse)  # a backward pass comes by here
+                layer.merged = layer._oriented(merged), layer.base_layer.bias
                 if layer.lora_B.weight.requires_grad:
                     hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)
             yield
