@@ -34,7 +34,7 @@ SEVERAL = {"max_steps": 80, "num_iterations": 4}  # 20 batches, so that ratios l
 LAYERS = {
     "all": "all-linear", "attention": "q_proj,k_proj,v_proj,o_proj", "MLP": "gate_proj,up_proj,down_proj",
 }  # fmt: skip
-KL = [(0.0, "k3", True), *((0.1, k, corrected) for k in ("k1", "k2", "k3") for corrected in (False, True))]
+KL = [(0.0, "k3", True), *((1.0, k, corrected) for k in ("k1", "k2", "k3") for corrected in (False, True))]
 BUGGY = {  # wrongs of the gallery in test_training.py, and a setting under which each of them can matter
     "the stop token is masked out, so stopping is never reinforced", "log-probs off by one against the tokens",
     "clip written as max where the advantage is negative", "KL subtracted, and so maximised",
@@ -116,6 +116,8 @@ def train(job: dict) -> dict:
     short = lambda name: [None if row.get(name) is None else round(row[name], 3) for row in updates] + [0.0] * missing
     curves = {"reward": short("reward"), "length": short("completions/mean_length"), "kl": short("kl")}
     result = {"accuracy_before": rows[0]["eval_accuracy"], "accuracy_after": after, **curves}
+    if about["experiment"] == "kl":
+        result["divergence"] = round(divergence(trainer), 4)
     return (
         about
         | {"seed": job["seed"], "settings": settings}
@@ -124,16 +126,29 @@ def train(job: dict) -> dict:
     )
 
 
+@torch.no_grad()
+def divergence(trainer: grpo_lora.GRPOTrainer) -> float:
+    """KL(policy ‖ base model) in nats a token, on the policy's own completions of held-out problems, by k3."""
+    trainer.seed("divergence")
+    rollout = trainer.sample([trainer.eval_dataset[i] for i in range(len(trainer.eval_dataset))], 2)
+    score = lambda: grpo_lora.completion_logps(trainer.model, rollout, temperature=trainer.args.temperature)[0]
+    policy = score()
+    with trainer.reference():
+        base = score()
+    return grpo_lora.kl_penalty(policy, base)[rollout.completion_mask].mean().item()
+
+
 def mean(values: list) -> float:
     return sum(values) / len(values)
 
 
 def table(name: str, rows: list[dict]) -> None:
     """Of each setting, over its seeds: mean reward and accuracy, and the lowest and highest of them."""
-    print(f"\n{name:<44}{'x':>9}   reward              accuracy after")
+    print(f"\n{name:<44}{'x':>9}   reward              accuracy after      KL, nats a token")
     for series, x in dict.fromkeys((row["series"], row["x"]) for row in rows):
         mine = [row for row in rows if (row["series"], row["x"]) == (series, x)]
         both = [[mean(row["reward"]) for row in mine], [row["accuracy_after"] for row in mine]]
+        both += [[row["divergence"] for row in mine]] if "divergence" in mine[0] else []
         cells = "   ".join(f"{mean(v):.3f} ({min(v):.3f}-{max(v):.3f})" for v in both)
         print(f"{series[:43]:<44}{'' if x is None else format(x, 'g'):>9}   {cells}")
 
