@@ -2303,7 +2303,7 @@ def tune(argv: Sequence[str]) -> Path:
         rates = [row["learning_rate"] for row in candidates if row["r"] == best["r"]]
         if best["learning_rate"] in (rates[0], rates[-1]):
             print(f"the best rate is at the edge: tune again with {' '.join(flags(best))}")
-        print(f"go on with: python grpo_lora.py @{path}")
+        print(f"go on with: python grpo_lora.py {shlex.quote(f'@{path}')}")
     return root / "best.args"
 
 
