@@ -2231,7 +2231,8 @@ def tune(argv: Sequence[str]) -> Path:
     Eight rates a factor of two apart, around --learning_rate or the default; with "learning_rate,r" for each of three
     ranks. All run a tenth of max_steps, the better half goes on to a fifth, and so on, until two or three are left: a
     fifth of the updates that eight whole runs take, or a quarter of what 24 do. Compared is the mean training reward since
-    the last halving; of equals the lower rate is the better. What diverges is out.
+    the last halving; in the end, as rates above the best fail worse than those below, the lowest rate within one standard
+    error of the best is taken. What diverges is out.
 
     Each candidate is the beginning of the very run that it stands for (start, prompts, draws, schedule), and goes on
     from its own checkpoint. So a tuning that was interrupted is resumed like a run.
@@ -2260,16 +2261,15 @@ def tune(argv: Sequence[str]) -> Path:
         more += ("--output_dir", str(folder), "--save_steps", str(args.max_steps), "--save_total_limit", "1")
         return prepare([*without(argv, "output_dir", "resume"), *more, *(["--resume"] if folder.exists() else [])])
 
-    def score(row: dict[str, Any], before: int, until: int) -> float:
+    def rewards(row: dict[str, Any], before: int, until: int) -> list[float]:
         trainer = begin(folder := root / "".join(flags(row)).strip("-"), *flags(row))
         trainer.eval_dataset = None  # it costs time, and is not to be tuned for
         with contextlib.suppress(FloatingPointError):  # which the record shows
             trainer.train(until)
         metrics = [m for m in (read_jsonl(folder / "metrics.jsonl")[0] if rank == 0 else []) if m["step"] <= until]
         skipped = "".join(str(int(m["skipped_updates"])) for m in metrics)
-        rewards = [m["reward"] for m in metrics if m["step"] > before and m["reward"] is not None]
-        diverged = "1" * MAX_SKIPPED in skipped or not rewards
-        return gather(-math.inf if diverged else sum(rewards) / len(rewards))[0]
+        found = [m["reward"] for m in metrics if m["step"] > before and m["reward"] is not None]
+        return gather([-math.inf] if "1" * MAX_SKIPPED in skipped or not found else found)[0]
 
     candidates: list[dict[str, Any]] = []
     for r in sorted({max(1, lora.r // 4), lora.r, 4 * lora.r}) if "r" in tuned else [lora.r]:
@@ -2280,7 +2280,8 @@ def tune(argv: Sequence[str]) -> Path:
     alive, spent = candidates, 0
     for before, until in zip([0, *stops], stops, strict=False):
         for row in alive:
-            row["score"][until] = score(row, before, until)
+            row["rewards"] = rewards(row, before, until)
+            row["score"][until] = sum(row["rewards"]) / len(row["rewards"])
             say(f"{' '.join(flags(row))}: mean reward {row['score'][until]:.3f} in updates {before + 1} to {until}")
         spent += len(alive) * (until - before)
         scores = [row["score"][until] for row in alive]
@@ -2291,7 +2292,12 @@ def tune(argv: Sequence[str]) -> Path:
         if len(alive) <= 3:
             break
         alive = [row for row in alive[: len(alive) // 2] if row["score"][until] > -math.inf]
-    best = alive[0]
+
+    def as_good(row: dict[str, Any]) -> bool:  # as the best, within one standard error of their difference
+        gaps = torch.tensor([a - b for a, b in zip(alive[0]["rewards"], row["rewards"], strict=False)])
+        return row is alive[0] or bool(gaps.mean() <= gaps.std() / math.sqrt(len(gaps)))
+
+    best = min(filter(as_good, alive), key=lambda row: row["learning_rate"])
     if rank == 0:
         path = write_settings(root / "best.args", without(argv, *tuned), *flags(best))
         print(f"\n{'learning_rate':>13} {'r':>4}" + "".join(f"{f'to {stop}':>9}" for stop in best["score"]))
