@@ -78,7 +78,7 @@ AGGREGATION = {  # loss_type -> how per-token losses become one number; see grpo
 
 
 class Variant(NamedTuple):
-    """A paper's method as values of the settings, and where it says so. Use: GRPOConfig(**VARIANTS["dapo"].settings)."""
+    """A paper's objective as values of the settings, and where it says so. Use: GRPOConfig(**VARIANTS["dapo"].settings)."""
 
     settings: dict[str, Any]
     source: str
@@ -96,19 +96,13 @@ VARIANTS = {
     "luspo": Variant({"loss_type": "luspo", **_SEQUENCE, "epsilon": 2e-3, "epsilon_high": 2.5e-3}, "arXiv 2602.05261, 5.1"),
     "vespo": Variant({"loss_type": "vespo"}, "VESPO, arXiv 2602.10693"),
     "gdpo": Variant({"multi_objective_aggregation": "normalize_then_sum"}, "GDPO, arXiv 2601.05242"),
-    "lite_ppo": Variant({"loss_type": "dapo", "scale_rewards": "batch"}, "PPO Lite, arXiv 2508.08221"),
+    "lite_ppo": Variant({"loss_type": "dapo", "scale_rewards": "batch"}, "Lite PPO, arXiv 2508.08221"),
     "top_entropy": Variant({"top_entropy_quantile": 0.2}, "Beyond the 80/20 Rule, arXiv 2506.01939"),
 }
 # fmt: on
 
 
-SCHEDULES = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "inverse_sqrt",
-)  # those that need nothing but a warm-up
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt")  # they need nothing but a warm-up
 
 
 def _setting(default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
@@ -117,7 +111,7 @@ def _setting(default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
 
 @dataclass
 class GRPOConfig:
-    """Settings of a run. Names and meanings are TRL's, but for prompts_per_step, kl_estimator and log_tokens_steps.
+    """Settings of a run. A name that TRL has means the same here; the default values are our own.
 
     ValueError, in one line, for a value that cannot work.
     """
@@ -211,7 +205,7 @@ class GRPOConfig:
         if self.top_entropy_quantile > 1:
             raise ValueError(f"top_entropy_quantile = {self.top_entropy_quantile}: a share of the tokens, at most 1")
         if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError("epsilon_high: cispo needs its cap on the ratio, which is absolute (5.0 in its paper)")
+            raise ValueError("epsilon_high: cispo needs its cap on the ratio, which is absolute (ScaleRL uses 5.0)")
         if self.delta is not None and self.loss_type in ("cispo", "sapo", "vespo"):
             raise ValueError(f"delta: has no meaning with loss_type {self.loss_type!r}, which does not clip")
         if self.max_steps % self.num_iterations:
@@ -287,7 +281,7 @@ def multi_objective_advantages(
     """Advantages from several reward functions.    rewards: (P, G, K), weights: (K,) -> (P, G)
 
     sum_then_normalize: group_advantages(Σ_k w_k r_k). normalize_then_sum (GDPO, arXiv 2601.05242): each function's rewards
-    are normalised within the group, summed by weight, then centred and scaled over the batch.
+    are normalised within the group, summed by weight, then centred and scaled over the batch; `scale` has no part in it.
     """
     if aggregation == "sum_then_normalize":
         return group_advantages(combine_rewards(rewards, weights), scale=scale, eps=eps)
@@ -318,7 +312,7 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, *, estimator: str = "k3") -> Te
         d = log π_ref - log π        k1 = -d        k2 = d²/2        k3 = exp(d) - d - 1
 
     logps, ref_logps: (B, T), nats. Returns (B, T). ValueError for another estimator. k3 (Schulman 2020; GRPO eq. 4)
-    is never negative; what its gradient estimates is another matter: see test_kl_gradients_by_enumeration.
+    is never negative. As losses, on-policy: k1's gradient is 0 on average, k2's the reverse KL's, k3's the forward KL's.
 
     >>> [kl_penalty(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), estimator=k).item() for k in ("k1", "k2")]
     [1.0, 0.5]
@@ -356,12 +350,16 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The GRPO family: one loss, four switches. The fourth, the scale of the advantages, is in group_advantages.
 
+    sg: stop-gradient. N: mask tokens. Everything of a token is (B, T), everything of a row is broadcast to it.
+
     1. ratio level    token: ρ_t = exp(logp_t - old_t)        sequence (GSPO): ρ = exp(mean_t(logp_t - old_t)), one a row
     2. surrogate      clip:  l_t = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε_high) A)                       (PPO; δ where given)
                       cispo: l_t = -sg(min(ρ, ε_high)) A logp_t
                       sapo:  l_t = -(4/τ) σ(τ(ρ - 1)) A             τ = τ_pos where A > 0, else τ_neg
-                      vespo: l_t = -sg(φ(w)) A logp_t               φ = w^k e^{λ(1-w)}, w = Π_t ρ_t, bounded
-       then           l_t += β KL_t   (times ρ with use_bias_correction_kl, so that KL_t stays right off-policy)
+                      vespo: l_t = -sg(φ(w)) A logp_t               φ = w^k e^{λ(1-w)}, w = Π_t ρ_t between 1e-8 and e^20,
+                                                                    (k, λ) = (2, 3) where A >= 0, else (3, 2)
+       then           l_t += β KL_t   (times ρ with use_bias_correction_kl: k1 and k3 then have the reverse KL's
+                                      gradient; k2 has it without, and with ρ another one)
     3. aggregation    sequence (grpo, sapo): Σ_rows mean_t(l_t) / rows        token (dapo, bnpo, cispo, vespo): Σ l_t / N
                       constant (dr_grpo): Σ l_t / (rows · max_completion_length)        row_sum (luspo): Σ l_t / rows
 
@@ -388,7 +386,7 @@ def grpo_loss(
     if importance_sampling_level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level = {importance_sampling_level!r}: must be 'token' or 'sequence'")
     if loss_type == "cispo" and epsilon_high is None:
-        raise ValueError("epsilon_high: cispo needs its cap on the ratio, which is absolute (5.0 in its paper)")
+        raise ValueError("epsilon_high: cispo needs its cap on the ratio, which is absolute (ScaleRL uses 5.0)")
     if loss_type == "dr_grpo" and not max_completion_length:
         raise ValueError("max_completion_length: dr_grpo divides by it")
     if beta and ref_logps is None:
@@ -534,7 +532,8 @@ class CausalLM:
         self.sharded = hasattr(self.decoder, "unshard")  # FSDP: all processes must make the same number of forwards
 
     def _first_called(self) -> nn.Module:
-        """The submodule that the model's forward calls first: its decoder, whatever the family calls it."""
+        """The submodule that the model's forward calls first: its decoder, whatever the family calls it. A hook raises when
+        it is reached, and the exception carries it here."""
 
         class Found(Exception):
             pass
@@ -555,9 +554,9 @@ class CausalLM:
     def blocks(self, P: int, together: bool = True) -> list[slice]:
         """Which prompts go through the model at once: all, or where left padding is not safe, one at a time.
 
-        It is not where the model counts positions itself, padding included; where a recurrent state runs through the
-        padding; nor with eager attention in float64, where rows that see nothing become NaN (-1.8e308 is -inf to its
-        float32 softmax) and spread.
+        It is unsafe where the model counts positions itself, padding included; where a recurrent state runs through
+        the padding; and with eager attention in float64, where rows that see nothing become NaN (-1.8e308 is -inf to
+        its float32 softmax) and spread.
         """
         eager64 = self.core.dtype == torch.float64 and self.core.config._attn_implementation == "eager"
         together = together and self.takes_cache and self.takes_positions and not eager64
@@ -710,6 +709,7 @@ def _decode(
     for t in range(steps):
         log_probs = (lm.logits(hidden) / temperature).log_softmax(dim=-1)  # (alive, V)
         cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
+        # inverse CDF: the first token with cdf > u; the draw is scaled because rounding leaves the last entry near 1
         tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)
         tokens = tokens.clamp(max=cdf.shape[1] - 1)  # a draw within rounding of 1
         ids[alive, t] = tokens.squeeze(1)
@@ -734,8 +734,9 @@ def _decode(
 class _TokenLogps(torch.autograd.Function):
     """log p(target) and entropy from hidden states, in chunks, under a head that is not trained.
 
-    d logp_t / d h_t is one vector per token, whatever the loss will be. So it is taken while the chunk's logits exist and
-    only scaled in backward: no logits are kept, and nothing is computed twice.
+    d logp_t / d h_t = headᵀ (onehot(y_t) - p_t) / temperature is one vector per token, whatever the loss will be. So it is
+    taken while the chunk's logits exist and only scaled in backward: no logits are kept, and nothing is computed twice.
+    hidden: (n, H), targets: (n,). Buffers of size (chunk, V) are used again once what they held is no longer needed.
     """
 
     @staticmethod
@@ -923,9 +924,6 @@ class GRPOTrainer:
             if not dist.is_initialized() or not frozen:
                 raise ValueError("fsdp: spreads frozen weights over processes; start with torchrun, and train adapters")
             shard_base(model)
-            if isinstance(self.reference, lora_snapshot):
-                tensors = self.reference.tensors
-                self.reference.tensors = {n: t.to(self.params[n].device) for n, t in tensors.items()}
         keep_freed_memory()
         groups = param_groups(model, args.learning_rate, args.lora_plus_ratio, args.modules_to_save_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
@@ -964,7 +962,7 @@ class GRPOTrainer:
                 parameter.grad = torch.zeros_like(parameter)  # zero and not None, also if no group has an advantage
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain(micro_batches)
-            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # of a broken policy's samples no loss may tell
+            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # also where no group needs a forward
             for batch in micro_batches:
                 mask = batch.rollout.completion_mask
                 with adapter_dropout(self.model):
@@ -1003,12 +1001,13 @@ class GRPOTrainer:
         Of the draws each process takes those of its own rows, so that what is sampled does not depend on their number.
         """
         prompts = [torch.tensor(encode_prompt(row["prompt"], self.tokenizer, self.args.system_prompt)) for row in rows]
-        flipped = pad_sequence([p.flip(0) for p in prompts], batch_first=True, padding_value=-1)
-        ids = flipped.flip(1).to(next(iter(self.params.values())).device)  # (P, L), -1 on the left
-        skip = lambda processes: torch.rand(  # as many draws as so many processes would make
-            processes * len(rows) * num_generations, self.args.max_completion_length, generator=self.generator,
-            dtype=torch.float64,
-        )  # fmt: skip
+        ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")  # (P, L)
+        ids = ids.to(next(iter(self.params.values())).device)
+
+        def skip(processes: int) -> None:  # as many draws as so many processes make
+            B, T = processes * len(rows) * num_generations, self.args.max_completion_length
+            torch.rand(B, T, generator=self.generator, dtype=torch.float64)
+
         skip(self.rank)
         with lora_merged(self.model) if self.merges else contextlib.nullcontext():
             rollout = generate(
@@ -1150,7 +1149,7 @@ class GRPOTrainer:
             self.step += args.num_iterations
             epoch = (index + 1) * args.prompts_per_step / len(self.train_dataset)
             own = {"step": self.step, "epoch": epoch, "step_time": time.perf_counter() - started}
-            metrics = own | metrics | own  # first, and not to be replaced by what a reward logs
+            metrics = own | metrics | own  # in front; and again, so that nothing a reward logs replaces them
             warnings = watch.check(metrics | {"idle": self.idle_adapters()})
             samples, done = self.samples[: args.num_completions_to_log], self.step >= end
             if args.output_dir and self._due(args.log_tokens_steps):
@@ -1265,7 +1264,7 @@ class GRPOTrainer:
         return all(bool(p.isfinite().all()) for p in self.params.values())
 
     def _due(self, every: int | None) -> bool:
-        return bool(every) and self.step // every > (self.step - self.args.num_iterations) // every  # type: ignore[operator]
+        return bool(every) and self.step % every < self.args.num_iterations  # type: ignore[operator]
 
     def summarize(
         self, samples: list[dict[str, Any]], rewards: Tensor, advantages: Tensor | None = None
@@ -1337,10 +1336,11 @@ def default_learning_rate(model: nn.Module) -> float:
     width = getattr(CausalLM(model).core.config.get_text_config(), "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError("learning_rate: the model's config has no hidden_size to derive one from; give one")
-    reach = [m.scaling * m.lora_A.out_features for m in model.modules() if isinstance(m, LoRALinear)]
+    rate = 5e-5 * (2000 / width) ** 0.78  # for training all weights; of these two ten times is the published ratio
+    reach = [m.scaling * m.lora_A.out_features for m in model.modules() if isinstance(m, LoRALinear)]  # s·r of each
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapters = reach or 2 * trained < sum(p.numel() for p in model.parameters())
-    rate = 5e-5 * (2000 / width) ** 0.78 * (10 * 32 / max(reach, default=32.0) if adapters else 1)
+    if reach or 2 * trained < sum(p.numel() for p in model.parameters()):
+        rate *= 10 * 32 / max(reach, default=32.0)
     return float(f"{rate:.2g}")
 
 
@@ -1494,27 +1494,31 @@ class EarlyWarnings:
     def signs(self) -> dict[str, Any]:
         """The metrics that look wrong now, and their values."""
         n, now = len(self.rows), self.rows[-1]
-        kl, kl_before = self.mean("kl", n - 5), self.mean("kl", n - 10)
-        entropy = self.mean("entropy", n - 5) / (self.mean("entropy", 0) or math.nan)
+        kl, kl_before = self.mean_of_five("kl", n - 5), self.mean_of_five("kl", n - 10)
+        entropy = self.mean_of_five("entropy", n - 5) / (self.mean_of_five("entropy", 0) or math.nan)
         norms = sorted(row["grad_norm"] or 0.0 for row in self.rows[-10:])
         jump = (now["grad_norm"] or 0.0) / (norms[len(norms) // 2] or math.nan)
+        # adapters that are still zero after three updates that had a gradient
         idle = [name for name in now.get("idle", ()) if sum(bool(row["grad_norm"]) for row in self.rows) >= 3]
         looks_wrong = {
-            "frac_reward_zero_std": (x := self.mean("frac_reward_zero_std", n - 5), x > 0.7 and not self.learnt()),
+            "frac_reward_zero_std": (
+                x := self.mean_of_five("frac_reward_zero_std", n - 5),
+                x > 0.7 and not self.learnt(),
+            ),
             "reward": (now["reward"], n >= 40 and now["reward"] is not None and not self.learnt()),
             "kl": (kl, kl > 0.2 and kl > 2 * kl_before),
             "entropy/first": (entropy, n >= 10 and entropy < 0.05),
-            "completions/clipped_ratio": (x := self.mean("completions/clipped_ratio", n - 5), x > 0.5),
-            "clip_ratio/region_mean": (x := self.mean("clip_ratio/region_mean", n - 5), x > 0.2),
-            "grad_norm": (0.0, self.mean("grad_norm", n - 5) == 0 and not self.learnt()),
+            "completions/clipped_ratio": (x := self.mean_of_five("completions/clipped_ratio", n - 5), x > 0.5),
+            "clip_ratio/region_mean": (x := self.mean_of_five("clip_ratio/region_mean", n - 5), x > 0.2),
+            "grad_norm": (0.0, self.mean_of_five("grad_norm", n - 5) == 0 and not self.learnt()),
             "grad_norm/usual": (jump, n >= 10 and jump > 30),
             "skipped_updates": (now["skipped_updates"], now["skipped_updates"] > 0),
             "adapters at zero": (", ".join(idle[:3]) + f" ({len(idle)} in all)", bool(idle)),
-            GAP: (x := self.mean(GAP, n - 5), x > 0.1),
+            GAP: (x := self.mean_of_five(GAP, n - 5), x > 0.1),
         }
         return {name: value for name, (value, wrong) in looks_wrong.items() if wrong}
 
-    def mean(self, name: str, start: int) -> float:
+    def mean_of_five(self, name: str, start: int) -> float:
         """Over five updates; NaN, which is neither above nor below anything, where the metric is missing."""
         values = [row.get(name) for row in self.rows[start : start + 5]] if start >= 0 else []
         return math.nan if len(values) < 5 or None in values else sum(values) / 5  # type: ignore[arg-type]
@@ -1680,7 +1684,7 @@ class RunRecord:
         for name in ("metrics.jsonl", "completions.jsonl"):
             path = Path(output_dir) / name
             if keep_to is not None and path.exists():  # cut back to the checkpoint, a torn last line included
-                kept = [line for line in path.read_bytes().split(b"\n") if 0 <= _step_of(line) <= keep_to and keep_to]
+                kept = [line for line in path.read_bytes().split(b"\n") if keep_to and 0 <= _step_of(line) <= keep_to]
                 scratch = path.with_suffix(".tmp")
                 scratch.write_bytes(b"".join(line + b"\n" for line in kept))
                 os.replace(scratch, path)
@@ -1736,16 +1740,9 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _machine() -> dict[str, Any]:
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    return versions | {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "processes": rank_and_world()[1],
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    here = {"machine": platform.machine(), "threads": torch.get_num_threads(), "processes": rank_and_world()[1]}
+    return versions | {"transformers": transformers.__version__} | here
 
 
 def save_checkpoint(trainer: GRPOTrainer) -> Path:
@@ -1840,11 +1837,7 @@ def load_checkpoint(trainer: GRPOTrainer) -> int:
             for name, parameter in trainer.params.items():
                 parameter.copy_(trainable[name])
         if isinstance(trainer.reference, lora_snapshot) and (folder / "reference.safetensors").exists():
-            snapshot = lora_snapshot(trainer.model)
-            snapshot.tensors = {
-                n: t.to(trainer.params[n].device) for n, t in load_file(folder / "reference.safetensors").items()
-            }
-            trainer.reference = snapshot
+            trainer.reference.tensors = load_file(folder / "reference.safetensors")
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         trainer.optimizer.load_state_dict(optimizer["optimizer"])
         trainer.scheduler.load_state_dict(optimizer["scheduler"])
@@ -1937,6 +1930,7 @@ def shard_base(model: nn.Module) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ the demo
 
+DEMO_HELD_OUT = 200  # of the 1000 problems; neither pre-training nor GRPO sees them
 DEMO_SETTINGS = {  # what `python grpo_lora.py` does, unless told otherwise
     "max_steps": 50,
     "prompts_per_step": 16,
@@ -1992,6 +1986,7 @@ def make_demo_model(directory: Path, steps: int = 600, width: int = 128) -> None
     draw = lambda n: torch.randint(n, (128,), generator=generator).tolist()
     for _ in tqdm(range(steps), desc="pre-training the demo's base model", unit="batch", disable=None):
         chosen, habits = draw(len(problems)), zip(draw(100), draw(100), draw(28), strict=True)
+        # 30%: think, and be right; 70%: answer at once, one in five right and the others a guess from 0 to 27
         replies = [
             sum_completion(problems[i], think < 30, None if think < 30 or right < 20 else guess)
             for i, (think, right, guess) in zip(chosen, habits, strict=True)
@@ -2013,9 +2008,6 @@ def make_demo_model(directory: Path, steps: int = 600, width: int = 128) -> None
         os.replace(scratch, directory)
     except OSError:  # another process was faster
         shutil.rmtree(scratch)
-
-
-DEMO_HELD_OUT = 200  # of the 1000 problems; neither pre-training nor GRPO sees them
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -2044,9 +2036,7 @@ LEFT_OUT = {  # settings of TRL's that we lack, and what to do
     "entropy_coef": "there is no entropy bonus; top_entropy_quantile and epsilon_high keep entropy up",
     "off_policy_mask_threshold": "there is no off-policy mask; lower num_iterations",
     "router_aux_loss_coef": "there is no router loss; routers stay frozen",
-    "top_p": "sampling is untruncated, so that the policy that is sampled is the one that is trained",
-    "top_k": "sampling is untruncated, so that the policy that is sampled is the one that is trained",
-    "min_p": "sampling is untruncated, so that the policy that is sampled is the one that is trained",
+    **dict.fromkeys(("top_p", "top_k", "min_p"), "sampling is untruncated, so that what is sampled is what is trained"),
     "repetition_penalty": "use the reward repetition_penalty, which changes the policy rather than its samples",
     "gradient_accumulation_steps": "the batch is prompts_per_step; per_device_train_batch_size splits it exactly",
     "steps_per_generation": "each batch of completions is used num_iterations times",
@@ -2350,23 +2340,20 @@ def report(folder: Path, seed: int, seconds: float) -> None:
 
 def draw_curve(folder: Path, rows: list[dict[str, Any]]) -> None:
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, names in zip(axes, (("reward", "eval_reward"), ("completions/mean_length",)), strict=True):
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axis, names in zip(
+        figure.subplots(1, 2), (("reward", "eval_reward"), ("completions/mean_length",)), strict=True
+    ):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axis.plot(
-                *zip(*points, strict=True), marker="o" if name.startswith("eval") else "", label=name
-            ) if points else None
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o" if name.startswith("eval") else "", label=name)
         axis.set_xlabel("update")
         axis.legend()
     figure.savefig(folder / "learning_curve.png", dpi=120)
-    pyplot.close(figure)
 
 
 def refuse(error: Exception | str, status: int) -> int:

@@ -132,11 +132,11 @@ class LoRALinear(_Switchable):
     A (r, in) ~ U(±1/√in), B (out, r) = 0. (Why a = √5 below? kaiming_uniform_ draws from ±√(6 / ((1 + a²) in)), so √5
     gives ±1/√in, nn.Linear's own default.) "gaussian": A ~ N(0, 1/r²). "pissa" (Meng et al. 2024): with W = U S Vᵀ,
     A = √(S_r/s) V_rᵀ, B = U_r √(S_r/s), and the residual W - s·B A takes the place of W. With DoRA (Liu et al. 2024,
-    eq. 5), m = ‖W‖ and n = ‖W + s·B A‖ per output row, n without gradient:
+    eq. 5) n (out,) = ‖W + s·B A‖ per output row, without gradient, and m (out,) is trained and starts as n:
 
         y = base(x) + (m/n - 1)(base(x) - bias) + (m/n) s·B(A(x))
 
-    The adapter is kept in fp32 on a half-precision base. The base layer is never written to.
+    The adapter is kept in fp32 on a half-precision base (float64 on a float64 one). The base layer is never written to.
 
     >>> layer = LoRALinear(nn.Linear(3, 2), r=1, alpha=1, config=LoRAConfig())
     >>> torch.equal(layer(torch.ones(3)), layer.base_layer(torch.ones(3)))  # B is 0
@@ -255,7 +255,9 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     modules = dict(model.named_modules())
     saved = [name for name in modules if any(name.endswith(key) for key in config.modules_to_save or [])]  # PEFT's rule
-    saved = [name for name in saved if not any(name.startswith(f"{outer}.") for outer in saved)]  # its copy has it
+    saved = [
+        name for name in saved if not any(name.startswith(f"{outer}.") for outer in saved)
+    ]  # what lies inside another one
     linear = {
         name: module
         for name, module in modules.items()
@@ -340,9 +342,10 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
             for layer in layers:
                 with torch.no_grad():
                     merged = layer.merged_weight()
-                merged.requires_grad_().register_hook(refuse)  # a backward pass comes by here
+                merged.requires_grad_().register_hook(refuse)  # a backward pass through what was computed inside
                 layer.merged = layer._oriented(merged), layer.base_layer.bias
                 if layer.lora_B.weight.requires_grad:
+                    # and any backward while inside
                     hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)
             yield
         finally:
@@ -364,7 +367,9 @@ class lora_snapshot:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         now = dict(self.model.named_parameters())
-        frozen = {id(now[name]): nn.Parameter(t, requires_grad=False) for name, t in self.tensors.items()}
+        frozen = {
+            id(now[name]): nn.Parameter(t.to(now[name].device), requires_grad=False) for name, t in self.tensors.items()
+        }
         swapped = []
         try:
             for module in self.model.modules():

@@ -70,6 +70,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str:
+    r"""What stands in the last \boxed{...} whose braces close; of nested ones the inner. '' if there is none."""
     open_braces: list[tuple[bool, int]] = []  # (is it a \boxed?, where its content starts)
     start, last = -1, ""
     for match in re.finditer(r"(\\boxed\s*\{)|\\.|[{}]", text, re.DOTALL):
@@ -132,7 +133,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
         if denominator == 0 or (part["whole"] and part["fs"]):
             return None
         value = Fraction(part["whole"] or 0) + Fraction(part["n"] or part["fn"] or part["sn"]) / denominator
-    if "-" in (part["sign"] + part["dsign"], part["fs"]) and part["sign"] + part["dsign"] != part["fs"]:
+    if [part["sign"] + part["dsign"], part["fs"]].count("-") == 1:  # outside the fraction, or inside its numerator
         value = -value
     return value / 100 if part["percent"] or part["fpercent"] else value
 

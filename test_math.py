@@ -560,7 +560,9 @@ def test_length_bias_goes_away_when_all_completions_are_equally_long():
     torch.testing.assert_close(got, policy_gradient(policy) / 2 / HORIZON, atol=1e-10, rtol=0)
 
 
-def kl_loss_gradient(policy: TablePolicy, ref: TablePolicy, estimator: str, horizon: int) -> torch.Tensor:
+def kl_loss_gradient(
+    policy: TablePolicy, ref: TablePolicy, estimator: str, horizon: int, correction: bool = False
+) -> torch.Tensor:
     """E over samples of ∇ of the KL term alone, through grpo_loss."""
     mask = policy.mask.clone()
     mask[:, horizon:] = False
@@ -569,7 +571,7 @@ def kl_loss_gradient(policy: TablePolicy, ref: TablePolicy, estimator: str, hori
         one = slice(row, row + 1)
         loss, _ = grpo_loss(
             logps[one], logps[one].detach(), torch.zeros(1, dtype=torch.float64), mask[one],
-            ref_logps=ref.logps().detach()[one], beta=1.0, kl_estimator=estimator, use_bias_correction_kl=False,
+            ref_logps=ref.logps().detach()[one], beta=1.0, kl_estimator=estimator, use_bias_correction_kl=correction,
             loss_type="dr_grpo", max_completion_length=1,
         )  # fmt: skip
         total = total + p[row] * loss
@@ -591,6 +593,12 @@ def test_kl_gradients_by_enumeration():
             got = kl_loss_gradient(policy, ref, estimator, horizon)
             torch.testing.assert_close(got, exact, atol=1e-10, rtol=0)
         assert kl_loss_gradient(policy, ref, "k1", horizon).abs().max() < 1e-10
+        # times ρ (use_bias_correction_kl) k1 and k3 follow the reverse KL, and k2, which did without, no longer does
+        reverse_kl = sum(v * gradient(state_kl(policy, ref, s, True), policy.logits) for s, v in enumerate(visits))
+        corrected = {k: kl_loss_gradient(policy, ref, k, horizon, correction=True) for k in ("k1", "k2", "k3")}
+        torch.testing.assert_close(corrected["k1"], reverse_kl, atol=1e-10, rtol=0)
+        torch.testing.assert_close(corrected["k3"], reverse_kl, atol=1e-10, rtol=0)
+        assert (corrected["k2"] - reverse_kl).abs().max() > 0.01
     log_p, log_q = policy.logps().sum(1), ref.logps().detach().sum(1)
     sequence_kl = gradient((log_p.exp() * (log_p - log_q)).sum(), policy.logits)
     assert (kl_loss_gradient(policy, ref, "k2", 2) - sequence_kl).abs().max() > 0.01  # beyond one token they differ
