@@ -1326,17 +1326,18 @@ def adapter_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def default_learning_rate(model: nn.Module) -> float:
-    """Where to start when nothing is tuned.    5e-4 (2000/H)^0.78 · 32/(s·r) for adapters, 5e-5 (2000/H)^0.78 for all weights
+    """Where to start when nothing is tuned.    10·c·(2000/H)^0.78 · 32/(s·r) for adapters, c·(2000/H)^0.78 for all weights
 
-    H: the model's width. Schulman et al. (2025, "LoRA Without Regret"; constants: tinker-cookbook) fitted it to Llama at
-    α = 32, where s·r = α; for Qwen they found the exponent 0.0775. Adam moves each number of B by the rate, so s·B A by
-    s·r times that: with s = α/r the rank cancels, with rsLoRA it does not. Adapters other than ours count as s·r = 32.
-    Two significant digits. ValueError for a model that does not tell its width.
+    H: the model's width; c = 1.25e-5. The form is Schulman et al.'s (2025, "LoRA Without Regret"; constants:
+    tinker-cookbook), fitted to Llama at α = 32, where s·r = α. Their c, 5e-5, is for supervised learning; at four times
+    ours GRPO collapsed on SmolLM2 (README). Adam moves each number of B by the rate, so s·B A by s·r times that: with
+    s = α/r the rank cancels, with rsLoRA it does not. Adapters other than ours count as s·r = 32. Two significant
+    digits. ValueError for a model that does not tell its width.
     """
     width = getattr(CausalLM(model).core.config.get_text_config(), "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError("learning_rate: the model's config has no hidden_size to derive one from; give one")
-    rate = 5e-5 * (2000 / width) ** 0.78  # for training all weights; of these two ten times is the published ratio
+    rate = 1.25e-5 * (2000 / width) ** 0.78  # for training all weights; of these two ten times is the published ratio
     reach = [m.scaling * m.lora_A.out_features for m in model.modules() if isinstance(m, LoRALinear)]  # s·r of each
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if reach or 2 * trained < sum(p.numel() for p in model.parameters()):

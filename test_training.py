@@ -962,7 +962,7 @@ def test_the_default_learning_rate_follows_width_alpha_and_method():
     rate = lambda width=32, **config: grpo_lora.default_learning_rate(
         with_adapters(tiny_model(hidden_size=width), random=False, **config)
     )
-    assert rate(lora_alpha=32) == pytest.approx(5e-4 * (2000 / 32) ** 0.78, rel=0.05)
+    assert rate(lora_alpha=32) == pytest.approx(1.25e-4 * (2000 / 32) ** 0.78, rel=0.05)
     assert rate(lora_alpha=8) == pytest.approx(4 * rate(lora_alpha=32), rel=0.05)
     assert rate(r=1) == rate(r=16)  # s = α/r: the rank cancels
     assert rate(r=16, use_rslora=True) == pytest.approx(rate(r=4, use_rslora=True) / 2, rel=0.05)
@@ -1476,7 +1476,7 @@ def test_the_command_line_trains_resumes_and_writes_what_it_says(model_dir, data
     load_lora(AutoModelForCausalLM.from_pretrained(model_dir), out / "adapter")
     assert main(command) == 2 and "holds another run" in capsys.readouterr().err
     assert main([*command, "--resume", "--learning_rate", "1"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: resume: learning_rate was 0.013, now 1.0")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: resume: learning_rate was 0.0031, now 1.0")
     assert main([*command, "--resume", "--max_steps", "3"]) == 0
     assert [row["step"] for row in lines(out / "metrics.jsonl")] == [0, 1, 2, 3]
     goes_on = [*command[: command.index("--output_dir")], "--adapter", "out/adapter"]

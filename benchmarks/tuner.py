@@ -17,18 +17,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ON_MODEL = [
-    "--eval_size",
-    "200",
-    "--prompts_per_step",
-    "4",
-    "--max_completion_length",
-    "32",
-    "--warmup_steps",
-    "1",
-    "--max_steps",
-    "40",
-]
+ON_MODEL = "--eval_size 200 --prompts_per_step 4 --max_completion_length 32 --learning_rate 0.0013".split()
+ON_MODEL += "--warmup_steps 1 --max_steps 40".split()
 
 
 def python(*words: str, **environment: str) -> str:
