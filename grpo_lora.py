@@ -2222,8 +2222,8 @@ def tune(argv: Sequence[str]) -> Path:
     Eight rates a factor of two apart, around --learning_rate or the default; with "learning_rate,r" for each of three
     ranks. All run a tenth of max_steps, the better half goes on to a fifth, and so on, until two or three are left: a
     fifth of the updates that eight whole runs take, or a quarter of what 24 do. Compared is the mean training reward since
-    the last halving; in the end, as rates above the best fail worse than those below, the lowest rate within one standard
-    error of the best is taken. What diverges is out.
+    the last halving (of equals the one nearer the middle stays); in the end, as rates above the best fail worse than those
+    below, the lowest rate within one standard error of the best is taken. What diverges is out.
 
     Each candidate is the beginning of the very run that it stands for (start, prompts, draws, schedule), and goes on
     from its own checkpoint. So a tuning that was interrupted is resumed like a run.
@@ -2266,7 +2266,9 @@ def tune(argv: Sequence[str]) -> Path:
     for r in sorted({max(1, lora.r // 4), lora.r, 4 * lora.r}) if "r" in tuned else [lora.r]:
         own = ["--r", str(r)] if "r" in tuned else []
         centre = args.learning_rate or begin(root / "never-run", *own).args.learning_rate or 0.0
-        candidates += [{"learning_rate": float(f"{centre * 2.0**k:.2g}"), "r": r, "score": {}} for k in range(-4, 4)]
+        candidates += [
+            {"learning_rate": float(f"{centre * 2.0**k:.2g}"), "r": r, "far": abs(k), "score": {}} for k in range(-4, 4)
+        ]
     stops = [max(1, args.max_steps * tenths // (10 * n)) * n for tenths in (1, 2, 4, 8)]
     alive, spent = candidates, 0
     for before, until in zip([0, *stops], stops, strict=False):
@@ -2279,7 +2281,7 @@ def tune(argv: Sequence[str]) -> Path:
         if len(alive) > 1 and max(scores) == min(scores):
             raise FloatingPointError(f"tune: every candidate has a mean reward of {scores[0]:g} in updates to {until}; "
                                      "there is nothing to choose by: look at the reward, and at learning_rate")  # fmt: skip
-        alive = sorted(alive, key=lambda row: (-row["score"][until], row["learning_rate"]))
+        alive = sorted(alive, key=lambda row: (-row["score"][until], row["far"]))
         if len(alive) <= 3:
             break
         alive = [row for row in alive[: len(alive) // 2] if row["score"][until] > -math.inf]

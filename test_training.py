@@ -1596,7 +1596,7 @@ def test_tuning_halves_runs_that_are_beginnings_of_whole_ones_and_can_be_resumed
     rewards = {x: [row["reward"] for row in lines(folder / "metrics.jsonl")] for x, folder in folders.items()}
     assert sorted(map(len, rewards.values())) == [3, 3, 3, 3, 6, 6, 12, 12]
     assert "48 updates, where 8 whole runs take 240" in said
-    better = lambda among, a, b: sorted(among, key=lambda x: (-sum(rewards[x][a:b]), float(x)))
+    better = lambda among, a, b: sorted(among, key=lambda x: (-sum(rewards[x][a:b]), abs(math.log2(float(x) / 0.008))))
     four = better(rewards, 0, 3)[:4]
     two = better(four, 3, 6)[:2]
     gaps = [a - b for a, b in zip(*(rewards[x][6:12] for x in better(two, 6, 12)), strict=True)]
