@@ -30,7 +30,7 @@ def sides(folder: str, P: int, G: int, T: int, L: int) -> dict[str, Callable[[],
     """Name -> one rollout."""
     load = lambda **more: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
     model, static, compiled = load(), load(), load()
-    paged = load(attn_implementation="sdpa_paged")
+    paged = load(attn_implementation="paged|sdpa")
     for m in (model, static, compiled, paged):
         m.generation_config.eos_token_id = None  # generate would fall back to it
     compiled.forward = torch.compile(compiled.forward, dynamic=False)
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("model")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     keep_freed_memory()
     results = []
     for work in WORK:
