@@ -1154,9 +1154,7 @@ class GRPOTrainer:
             samples, done = self.samples[: args.num_completions_to_log], self.step >= end
             if args.output_dir and self._due(args.log_tokens_steps):
                 changes = self.token_changes()  # of this process's first rows, which on the first are the first of all
-                samples = [sample | change for sample, change in zip(samples, changes, strict=False)] + samples[
-                    len(changes) :
-                ]
+                samples[: len(changes)] = [s | change for s, change in zip(samples, changes, strict=False)]
             if self.eval_dataset and (done or self._due(args.eval_steps)):
                 metrics |= self.evaluate()
                 samples += self.samples[: args.num_completions_to_log]
