@@ -525,7 +525,9 @@ class CausalLM:
         self.places = [m._modules for m in modules for child in m._modules.values() if child is self.decoder]
         accepted = inspect.signature(self.decoder.forward).parameters
         self.takes_positions = "position_ids" in accepted
-        self.takes_cache = "past_key_values" in accepted and not getattr(self.core, "_is_stateful", False)
+        names = ("cache", "past_key_values")  # transformers from 5.24, and before
+        self.cache_name = next((name for name in names if name in accepted), "")
+        self.takes_cache = bool(self.cache_name) and not getattr(self.core, "_is_stateful", False)
         if self.takes_cache:  # recurrent states cannot be repeated or dropped row by row, keys and values can
             kinds = {type(layer) for layer in DynamicCache(config=self.core.config).layers}
             self.takes_cache = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
@@ -577,7 +579,7 @@ class CausalLM:
         """
         kwargs: dict[str, Any] = {"use_cache": cache is not None, "attention_mask": mask.long()}
         if cache is not None:
-            kwargs["past_key_values"] = cache
+            kwargs[self.cache_name] = cache
         if self.takes_positions:
             kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return self.decoder(input_ids=ids, **kwargs)[0]

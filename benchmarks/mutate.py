@@ -185,7 +185,7 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
         "the weight is 0 from w = e^7 on",
     ("past = old.shape[-2] if old.numel() else 0", "-2", "2"): AXES,
     ('if getattr(self.core.config, "is_encoder_decoder", False):', "False", "True"): "all configs have it",
-    ('self.takes_cache = "past_key_values" in accepted and not getattr(self.core, "_is_stateful", False)', "False", "True"):
+    ('self.takes_cache = bool(self.cache_name) and not getattr(self.core, "_is_stateful", False)', "False", "True"):
         "all models have it",
     ("logits = self.core(input_ids=dummy, use_cache=False).logits[0]", "False", "True"): "the stub has no cache",
     ("tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)",
