@@ -215,7 +215,7 @@ class LoRALinear(_Switchable):
         dtype = result.dtype
         x = x.to(self.lora_A.weight.dtype)
         if self.lora_magnitude_vector is None:
-            return (result + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling).to(dtype)
+            return self.lora_B(self.lora_A(self.lora_dropout(x))).mul_(self.scaling).add_(result).to(dtype)
         ratio = self.lora_magnitude_vector / self._norm().detach()
         bias = self.base_layer.bias
         plain = result if bias is None else result - bias
