@@ -214,7 +214,7 @@ class LoRALinear(_Switchable):
             result = self.base_layer(x)
         dtype = result.dtype
         x = x.to(self.lora_A.weight.dtype)
-        if self.lora_magnitude_vector is None:
+        if self.lora_magnitude_vector is None:  # result + s·B(A(x)), in the memory of the second
             return self.lora_B(self.lora_A(self.lora_dropout(x))).mul_(self.scaling).add_(result).to(dtype)
         ratio = self.lora_magnitude_vector / self._norm().detach()
         bias = self.base_layer.bias

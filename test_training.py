@@ -2798,7 +2798,7 @@ GALLERY = [
     Bug(19, "A and B both zero", "huggingface/peft#3449", "lora.py",
         "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.zeros_(A)", "test_initialisations_have_the_distributions_they_name"),
     Bug(19, "scaling applied twice", "huggingface/peft#3473", "lora.py",
-        "(self.lora_dropout(x))) * self.scaling)", "(self.lora_dropout(x))) * self.scaling**2)", "test_lora_adds_s_b_a_and_nothing_else"),
+        "(self.lora_dropout(x))).mul_(self.scaling)", "(self.lora_dropout(x))).mul_(self.scaling**2)", "test_lora_adds_s_b_a_and_nothing_else"),
     Bug(19, "alpha/r where alpha/sqrt(r) was asked for", "Blaizzy/mlx-vlm#846", "lora.py",
         "alpha / math.sqrt(r) if config.use_rslora else alpha / r", "alpha / r", "test_lora_adds_s_b_a_and_nothing_else"),
     Bug(20, "an adapter bound to no module: reward flat, no error", "huggingface/peft#3533", "lora.py",
