@@ -48,6 +48,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, LlamaConfig, get_scheduler
@@ -473,27 +474,50 @@ class _StubOutput(tuple):
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room to grow: a token is written where DynamicLayer would copy all that went before it."""
+    """Keys and values with room to grow, which a prompt gets when it is repeated: from then on a token is written where
+    DynamicLayer would copy all that went before it."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
-        self.room, self.buffers = room, dict[str, Tensor]()
+        self.room = room
+        self.buffers: list[Tensor] = []  # of keys and of values, each (rows, heads, tokens + room, width)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for old in (self.keys, self.values) if self.get_seq_length() else ():
+            rows, heads, tokens, width = old.shape
+            buffer = old.new_empty(rows, repeats, heads, tokens + self.room, width)
+            buffer[..., :tokens, :] = old.unsqueeze(1)
+            self.buffers.append(buffer.flatten(0, 1))
+        self._fill_to(self.get_seq_length())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self._fill_to(self.get_seq_length())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        for name, new in (("keys", key_states), ("values", value_states)):  # (rows, heads, tokens, width)
-            old, buffer = getattr(self, name), self.buffers.get(name)
-            past = old.shape[-2] if old.numel() else 0
-            end = past + new.shape[-2]
-            moved = buffer is None or old.data_ptr() != buffer.data_ptr()  # nothing there yet, or rows were dropped
-            if buffer is None or moved or end > buffer.shape[-2]:
-                buffer = self.buffers[name] = new.new_empty(*new.shape[:2], end + self.room, new.shape[-1])
-                if past:
-                    buffer[:, :, :past] = old
+        if not self.buffers:
+            return super().update(key_states, value_states, *args, **kwargs)
+        past, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, past:end] = new
-            setattr(self, name, buffer[:, :, :end])
-        return self.keys, self.values  # type: ignore[return-value]
+        return self._fill_to(end)
+
+    def _fill_to(self, end: int) -> tuple[Tensor, Tensor]:
+        if self.buffers:
+            self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+class _FewRows(TorchFunctionMode):
+    """A linear layer of few rows is W xᵀ rather than x Wᵀ. It is the same product, and on a CPU the faster order of the two
+    while tokens are decoded, for the head above all (README)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.linear or kwargs or args[0].numel() > 64 * args[0].shape[-1]:
+            return func(*args, **(kwargs or {}))
+        x, weight, *bias = args
+        y = (weight @ x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], -1)
+        return y if not bias or bias[0] is None else y + bias[0]
 
 
 class CausalLM:
@@ -681,7 +705,8 @@ def generate(
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=prompt_ids.device)
     lm = CausalLM(model)
     ids, logps = [], []
-    with evaluating(model):
+    few_rows = _FewRows() if prompt_ids.device.type == "cpu" else contextlib.nullcontext()
+    with evaluating(model), few_rows:
         for block in lm.blocks(P):
             columns = prompt_mask[block].any(dim=0)
             prompt, mask = prompt_ids[block][:, columns], prompt_mask[block][:, columns].bool()
@@ -717,14 +742,17 @@ def _decode(
         ids[alive, t] = tokens.squeeze(1)
         logps[alive, t] = log_probs.gather(1, tokens).squeeze(1).double()
         going = ~torch.isin(tokens.squeeze(1), eos)
-        if t + 1 == steps or not going.any():
+        left = int(going.sum())  # the one number that is asked of the device for each token
+        if t + 1 == steps or not left:
             break
-        seen, context = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1), torch.cat([context, tokens], dim=1)
-        if not going.all():
-            alive, seen, context = alive[going], seen[going], context[going]
+        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+        context = torch.cat([context, tokens], dim=1) if cache is None else tokens
+        if left < len(alive):
+            rows = going.nonzero().squeeze(1)
+            alive, seen, context = alive[rows], seen[rows], context[rows]
             if cache is not None:
-                cache.batch_select_indices(going.nonzero().squeeze(1))
-        hidden = lm.hidden(context if cache is None else context[:, -1:], seen, cache)[:, -1]
+                cache.batch_select_indices(rows)
+        hidden = lm.hidden(context, seen, cache)[:, -1]
     for _ in range(t + 1, steps if lm.sharded else 0):  # the other processes may still be writing
         lm.hidden(prompt_ids[:1], prompt_mask[:1])
     return ids[:, : t + 1], logps[:, : t + 1].to(log_probs.dtype)

@@ -38,6 +38,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -278,14 +279,72 @@ def test_a_cache_has_room_where_all_is_kept_and_stays_a_window_where_that_slides
         "DynamicSlidingWindowLayer",
         "DynamicLayer",
     }
+
+
+@torch.no_grad()
+def test_a_roomy_cache_holds_what_a_dynamic_one_holds_and_copies_nothing_to_write_a_token():
     lm, (ids, mask) = CausalLM(tiny_model()), prompts()
-    cache = lm.new_cache(room=8)
-    lm.hidden(ids, mask, cache)
-    place = cache.layers[0].keys.data_ptr()
-    for _ in range(8):
-        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
-        lm.hidden(ids[:, :1], mask, cache)
-    assert cache.layers[0].keys.data_ptr() == place and cache.get_seq_length() == 15  # nothing was copied
+    plain, roomy = lm.new_cache(), lm.new_cache(room=8)
+
+    def on_both(act):
+        for cache in (plain, roomy):
+            act(cache)
+        for a, b in zip(plain.layers, roomy.layers, strict=True):
+            assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+            assert a.get_seq_length() == b.get_seq_length()
+
+    on_both(lambda cache: lm.hidden(ids, mask, cache))
+    on_both(lambda cache: cache.batch_repeat_interleave(3))
+    mask = mask.repeat_interleave(3, dim=0)
+    place = roomy.layers[0].keys.data_ptr()
+    for token in range(8):
+        if token == 4:
+            assert roomy.layers[0].keys.data_ptr() == place
+            kept = torch.tensor([0, 2, 5])
+            on_both(lambda cache, kept=kept: cache.batch_select_indices(kept))
+            mask, place = mask[kept], roomy.layers[0].keys.data_ptr()
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        on_both(lambda cache, mask=mask, token=token: lm.hidden(torch.full((len(mask), 1), 7 + token), mask, cache))
+    assert roomy.layers[0].keys.data_ptr() == place and roomy.get_seq_length() == 15
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 1, 3), (65, 3), (3,)])
+def test_a_linear_layer_of_few_rows_is_the_same_product_in_another_order(shape, bias):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4, bias=bias, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    with grpo_lora._FewRows():
+        y = layer(x)
+    assert y.is_contiguous() and torch.allclose(y, layer(x), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("ending", [True, False])
+def test_one_number_a_token_is_asked_of_the_device_while_decoding(ending, monkeypatch):
+    """What our decode loop waits for; a forward of transformers' may look whether the mask is all True."""
+    asked = defaultdict(int)
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked[func.overloadpacket.__name__] += 1
+            return func(*args, **kwargs or {})
+
+    model, (ids, mask) = tiny_model(), prompts()
+    hidden, forwards = CausalLM.hidden, []
+
+    def uncounted(self, *args):
+        before = dict(asked)
+        out = hidden(self, *args)
+        asked.clear()
+        asked.update(before)
+        forwards.append(1)
+        return out
+
+    monkeypatch.setattr(CausalLM, "hidden", uncounted)
+    with Count():
+        rollout = sample(model, ids, mask, eos_token_ids=range(5, 12) if ending else [], max_completion_length=20)
+    lengths = rollout.completion_mask.sum(dim=1)
+    assert asked["_local_scalar_dense"] <= len(forwards) + 4  # a few before and after the loop
+    assert asked["nonzero"] <= (len(set(lengths.tolist())) if ending else 0) + 2
 
 
 def test_a_group_that_is_masked_whole_keeps_one_column():
