@@ -776,23 +776,26 @@ class _TokenLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], T: float, chunk: int
     ) -> Any:
-        logps, entropies, slopes = [], [], []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                h = h.detach().requires_grad_(ctx.needs_input_grad[0])
+        with_slope = ctx.needs_input_grad[0]
+
+        def of_chunk(h: Tensor, y: Tensor) -> tuple[Tensor, ...]:  # a function, so that its buffers go when it returns
+            with torch.set_grad_enabled(with_slope):
+                h = h.detach().requires_grad_(with_slope)
                 logits = head(h)
             z = (logits.detach() / T).log_softmax(dim=-1)  # (n, V)
-            logps.append(z.gather(1, y.unsqueeze(1)).squeeze(1))
-            p = z.exp()
-            entropies.append(-torch.einsum("nv,nv->n", p, z.clamp_(min=-1e4)))  # 0 log 0 = 0
-            if ctx.needs_input_grad[0]:  # d logp / d logits = (onehot - p) / T
-                slope = p.mul_(-1 / T).scatter_add_(1, y.unsqueeze(1), p.new_full((len(y), 1), 1 / T))
-                slopes.append(torch.autograd.grad(logits, h, slope)[0])
-        if slopes:
-            ctx.save_for_backward(torch.cat(slopes))
-        entropy = torch.cat(entropies)
+            logp, p = z.gather(1, y.unsqueeze(1)).squeeze(1), z.exp()
+            entropy = -torch.einsum("nv,nv->n", p, z.clamp_(min=-1e4))  # 0 log 0 = 0
+            if not with_slope:
+                return logp, entropy
+            # d logp / d logits = (onehot - p) / T
+            slope = p.mul_(-1 / T).scatter_add_(1, y.unsqueeze(1), p.new_full((len(y), 1), 1 / T))
+            return logp, entropy, torch.autograd.grad(logits, h, slope)[0]
+
+        chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        logp, entropy, *slope = (torch.cat(parts) for parts in zip(*(of_chunk(h, y) for h, y in chunks), strict=True))
+        ctx.save_for_backward(*slope)
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logps), entropy
+        return logp, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> Any:  # type: ignore[override]
@@ -958,6 +961,10 @@ class GRPOTrainer:
                 raise ValueError("fsdp: spreads frozen weights over processes; start with torchrun, and train adapters")
             shard_base(model)
         keep_freed_memory()
+        if (
+            next(iter(self.params.values())).device.type == "cpu"
+        ):  # else sdpa copies keys and values for each query head
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         groups = param_groups(model, args.learning_rate, args.lora_plus_ratio, args.modules_to_save_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         self.scheduler = get_scheduler(args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)

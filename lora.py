@@ -203,19 +203,24 @@ class LoRALinear(_Switchable):
             weight = weight * (self.lora_magnitude_vector / self._norm()).unsqueeze(1)
         return self._oriented(weight).to(self.base_layer.weight.dtype).contiguous()
 
+    def _base(self, x: Tensor) -> Tensor:
+        """The frozen part of the layer."""
+        if self.residual is None:
+            return self.base_layer(x)
+        return F.linear(x, self._oriented(self.residual), self.base_layer.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
             return self.base_layer(x)
         if self.merged is not None:
             return F.linear(x, *self.merged)
-        if self.residual is not None:
-            result = F.linear(x, self._oriented(self.residual), self.base_layer.bias)
-        else:
-            result = self.base_layer(x)
-        dtype = result.dtype
-        x = x.to(self.lora_A.weight.dtype)
-        if self.lora_magnitude_vector is None:  # result + s·B(A(x)), in the memory of the second
-            return self.lora_B(self.lora_A(self.lora_dropout(x))).mul_(self.scaling).add_(result).to(dtype)
+        x_adapter = x.to(self.lora_A.weight.dtype)
+        if self.lora_magnitude_vector is None:
+            # s·B(A(x)), to which base(x) is added in place. In this order what is freed was allocated last, and leaves no hole
+            change = self.lora_B(self.lora_A(self.lora_dropout(x_adapter))).mul_(self.scaling)
+            result = self._base(x)
+            return change.add_(result).to(result.dtype)
+        result, x = self._base(x), x_adapter
         ratio = self.lora_magnitude_vector / self._norm().detach()
         bias = self.base_layer.bias
         plain = result if bias is None else result - bias
@@ -225,7 +230,7 @@ class LoRALinear(_Switchable):
             x = self.lora_dropout(x)
             plain = F.linear(x, self._oriented(self._frozen()).to(x.dtype))
         change = (ratio - 1) * plain + ratio * self.lora_B(self.lora_A(x)) * self.scaling
-        return (result + change).to(dtype)
+        return (result + change).to(result.dtype)
 
 
 class TrainedCopy(_Switchable):

@@ -2768,7 +2768,7 @@ ENDS = "return (is_eos.cumsum(dim=1) - is_eos.long()) == 0"
 WEIGHTED = "return torch.where(rewards.isnan().all(dim=-1), math.nan, (rewards * weights).nansum(dim=-1))"
 MATCH = "return answer is not None and gold is not None and canonical_answer(answer) == canonical_answer(gold)"
 CLIP = "-torch.min(bounded * A, ratio.clamp(1 - epsilon, 1 + high) * A)"
-LOG_PROBS = "log_probs = (lm.logits(hidden) / temperature).log_softmax(dim=-1)  # (alive, V)"
+LOG_PROBS = "log_probs = (logits / temperature).log_softmax(dim=-1)"
 RESTORE = "    try:\n        yield\n    finally:\n        for module in adapters:\n            module.disabled -= 1"
 # fmt: off
 GALLERY = [
@@ -2813,7 +2813,7 @@ GALLERY = [
         "_TokenLogps.apply(h, y, lm.logits, temperature, chunk_size)", "_TokenLogps.apply(h, y, lm.logits, 1.0, chunk_size)",
         "test_the_sampler_and_the_scorer_agree_at_any_temperature"),
     Bug(10, "top-k of the model's generation config left on", "OpenPipe/ART#140", "grpo_lora.py", LOG_PROBS,
-        "z = lm.logits(hidden) / temperature\n        k = lm.core.generation_config.top_k or z.shape[1]\n"
+        "z = logits / temperature\n        k = lm.core.generation_config.top_k or z.shape[1]\n"
         "        log_probs = z.masked_fill(z < z.topk(k).values[:, -1:], -math.inf).log_softmax(dim=-1)",
         "test_the_models_own_generation_config_has_no_say"),
     Bug(11, "left padding without position_ids", "huggingface/trl#6800", "grpo_lora.py",
@@ -2857,7 +2857,7 @@ GALLERY = [
     Bug(19, "A and B both zero", "huggingface/peft#3449", "lora.py",
         "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.zeros_(A)", "test_initialisations_have_the_distributions_they_name"),
     Bug(19, "scaling applied twice", "huggingface/peft#3473", "lora.py",
-        "(self.lora_dropout(x))).mul_(self.scaling)", "(self.lora_dropout(x))).mul_(self.scaling**2)", "test_lora_adds_s_b_a_and_nothing_else"),
+        ").mul_(self.scaling)\n", ").mul_(self.scaling**2)\n", "test_lora_adds_s_b_a_and_nothing_else"),
     Bug(19, "alpha/r where alpha/sqrt(r) was asked for", "Blaizzy/mlx-vlm#846", "lora.py",
         "alpha / math.sqrt(r) if config.use_rslora else alpha / r", "alpha / r", "test_lora_adds_s_b_a_and_nothing_else"),
     Bug(20, "an adapter bound to no module: reward flat, no error", "huggingface/peft#3533", "lora.py",
