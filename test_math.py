@@ -29,6 +29,7 @@ from grpo_lora import (
     AGGREGATION,
     VARIANTS,
     GRPOConfig,
+    _FewRows,
     _TokenLogps,
     completion_mask,
     group_advantages,
@@ -791,6 +792,16 @@ def test_backward_is_refused_while_weights_are_merged():
     with pytest.raises(RuntimeError, match="merged"):
         inside.backward()
     model(ids).sum().backward()  # and afterwards all is as before
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 1, 3), (1, 64, 3), (2, 65, 3), (3,), (0, 3)])
+def test_a_linear_layer_of_few_rows_is_the_same_product_in_another_order(shape, bias):
+    layer, x = nn.Linear(3, 7, bias=bias, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    with _FewRows():
+        y, by_name = layer(x), F.linear(input=x, weight=layer.weight, bias=layer.bias)
+    assert y.is_contiguous() and y.shape == layer(x).shape and torch.allclose(y, layer(x), rtol=1e-14, atol=1e-15)
+    assert torch.equal(by_name, layer(x))
 
 
 def test_dropout_acts_in_training_mode_on_the_adapter_alone():
