@@ -59,6 +59,7 @@ from lora import (
     LoRALinear,
     TrainedCopy,
     apply_lora,
+    linear,
     load_lora,
     lora_disabled,
     lora_merged,
@@ -509,20 +510,11 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values  # type: ignore[return-value]
 
 
-class _FewRows(TorchFunctionMode):
-    """F.linear is (W xᵀ)ᵀ rather than x Wᵀ where a CPU has few rows: the same product, for the head in a third to two thirds
-    of the time. Only for the head: around a whole forward the mode would cost what it saves, being asked about every call."""
+class _FasterHead(TorchFunctionMode):
+    """F.linear is lora.linear within. (Not for a whole forward: it would cost what it saves, being asked about every call.)"""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rows = args[0].numel() // args[0].shape[-1] if func is nn.functional.linear and not kwargs else 0
-        if not 0 < rows <= 64 or args[0].device.type != "cpu":
-            return func(*args, **(kwargs or {}))
-        x, weight, *bias = args
-        filled = nn.functional.pad(
-            x.reshape(rows, -1), (0, 0, 0, -rows % 4)
-        )  # cheaper than a number not divisible by 4
-        y = (weight @ filled.T)[:, :rows].T.contiguous().view(*x.shape[:-1], -1)
-        return y if not bias or bias[0] is None else y + bias[0]
+        return (linear if func is nn.functional.linear else func)(*args, **(kwargs or {}))
 
 
 class CausalLM:
@@ -627,10 +619,10 @@ class CausalLM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V), by the model's own head, whatever it does to them; at least float32."""
-        with self._headless() as stub:
+        with self._headless() as stub, _FasterHead():
             stub.hidden = hidden.unsqueeze(0)
             dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-            logits = self.core(input_ids=dummy, use_cache=False).logits[0]
+            logits = self.core(input_ids=dummy, use_cache=False).logits.squeeze(0)  # where [0] fills zeros in backward
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def head_is_trained(self) -> bool:
@@ -738,8 +730,7 @@ def _decode(
     if cache is not None:
         cache.batch_repeat_interleave(G)
     for t in range(steps):
-        with _FewRows():
-            logits = lm.logits(hidden)  # (alive, V)
+        logits = lm.logits(hidden)  # (alive, V)
         log_probs = (logits / temperature).log_softmax(dim=-1)
         cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
         # inverse CDF: the first token with cdf > u; the draw is scaled because rounding leaves the last entry near 1

@@ -126,6 +126,38 @@ class _Switchable(nn.Module):
             return getattr(super().__getattr__(self.wrapped), name)
 
 
+class _InBlocks(torch.autograd.Function):
+    """x Wᵀ, 64 outputs at a time: x (n, in), W (out, in), which gets no gradient -> (n, out)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        blocks = weight.view(-1, 64, weight.shape[1]).mT  # (out/64, in, 64)
+        return torch.bmm(x.expand(len(blocks), -1, -1), blocks).transpose(0, 1).reshape(len(x), -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return (weight.T @ grad.T).T, None
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, x Wᵀ + bias: x (..., in), W (out, in) -> (..., out). Few rows in float32 on a CPU go through W in blocks:
+    MKL splits one product with so few rows badly between cores, and gives each core blocks of its own."""
+    x, with_grad = input.reshape(-1, weight.shape[1]), torch.is_grad_enabled()
+    in_float32_on_mkl = (
+        input.device.type == "cpu" and input.dtype == torch.float32 and torch.backends.mkl.is_available()
+    )
+    if not in_float32_on_mkl or not 0 < len(x) <= 128 or len(weight) % 64 or (with_grad and weight.requires_grad):
+        return F.linear(input, weight, bias)
+    product = _InBlocks.apply if with_grad else _InBlocks.forward
+    y = product(x, weight).view(*input.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
 class LoRALinear(_Switchable):
     """y = base(x) + s·B(A(dropout(x)))        s = α/r, or α/√r with use_rslora; x (..., in) -> y (..., out)
 
@@ -213,7 +245,7 @@ class LoRALinear(_Switchable):
         if self.disabled:
             return self.base_layer(x)
         if self.merged is not None:
-            return F.linear(x, *self.merged)
+            return linear(x, *self.merged)
         x_adapter = x.to(self.lora_A.weight.dtype)
         if self.lora_magnitude_vector is None:
             # s·B(A(x)), to which base(x) is added in place. In this order what is freed was allocated last, and leaves no hole
@@ -346,9 +378,9 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
         try:
             for layer in layers:
                 with torch.no_grad():
-                    merged = layer.merged_weight()
+                    merged = layer._oriented(layer.merged_weight()).contiguous()
                 merged.requires_grad_().register_hook(refuse)  # a backward pass through what was computed inside
-                layer.merged = layer._oriented(merged), layer.base_layer.bias
+                layer.merged = merged, layer.base_layer.bias
                 if layer.lora_B.weight.requires_grad:
                     # and any backward while inside
                     hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)

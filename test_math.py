@@ -29,7 +29,7 @@ from grpo_lora import (
     AGGREGATION,
     VARIANTS,
     GRPOConfig,
-    _FewRows,
+    _FasterHead,
     _TokenLogps,
     completion_mask,
     group_advantages,
@@ -37,7 +37,7 @@ from grpo_lora import (
     kl_penalty,
     multi_objective_advantages,
 )
-from lora import LoRAConfig, LoRALinear, apply_lora, lora_disabled, lora_merged, param_groups
+from lora import LoRAConfig, LoRALinear, apply_lora, linear, lora_disabled, lora_merged, param_groups
 from rewards import REWARDS, accuracy_reward, answers_match, canonical_answer, extract_answer, load_reward
 
 for profile, phases in (
@@ -794,14 +794,30 @@ def test_backward_is_refused_while_weights_are_merged():
     model(ids).sum().backward()  # and afterwards all is as before
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(5, 3), (4, 1, 3), (1, 64, 3), (2, 65, 3), (3,), (0, 3)])
-def test_a_linear_layer_of_few_rows_is_the_same_product_in_another_order(shape, bias):
-    layer, x = nn.Linear(3, 7, bias=bias, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    with _FewRows():
-        y, by_name = layer(x), F.linear(input=x, weight=layer.weight, bias=layer.bias)
-    assert y.is_contiguous() and y.shape == layer(x).shape and torch.allclose(y, layer(x), rtol=1e-14, atol=1e-15)
-    assert torch.equal(by_name, layer(x))
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("out", [7, 64, 192])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 1, 3), (1, 128, 3), (2, 65, 3), (3,), (0, 3)])
+def test_a_linear_product_in_blocks_changes_neither_value_nor_gradient(shape, out, with_bias, frozen):
+    def values_and_gradients(function):  # of small integers, whose sums are exact in any order
+        torch.manual_seed(0)
+        x, weight, bias, slope = (
+            torch.randint(-9, 10, size).float().requires_grad_()
+            for size in (shape, (out, 3), (out,), (*shape[:-1], out))
+        )
+        weight.requires_grad_(not frozen)
+        y = function(input=x, weight=weight, bias=bias if with_bias else None)
+        assert y.is_contiguous()
+        y.backward(slope)
+        with torch.no_grad():
+            again = function(input=x, weight=weight, bias=bias if with_bias else None)
+        return y, again, x.grad, weight.grad, bias.grad
+
+    expected = values_and_gradients(F.linear)
+    with _FasterHead():
+        by_mode = values_and_gradients(F.linear)
+    for found in (values_and_gradients(linear), by_mode):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_dropout_acts_in_training_mode_on_the_adapter_alone():
