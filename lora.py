@@ -127,11 +127,10 @@ class _Switchable(nn.Module):
 
 
 class _InBlocks(torch.autograd.Function):
-    """x Wᵀ, 64 outputs at a time: x (n, in), W (out, in), which gets no gradient -> (n, out)."""
+    """x Wᵀ, some outputs at a time: x (n, in), W (out/k, in, k), which gets no gradient -> (n, out)."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
-        blocks = weight.view(-1, 64, weight.shape[1]).mT  # (out/64, in, 64)
+    def forward(x: Tensor, blocks: Tensor) -> Tensor:  # type: ignore[override]
         return torch.bmm(x.expand(len(blocks), -1, -1), blocks).transpose(0, 1).reshape(len(x), -1)
 
     @staticmethod
@@ -140,21 +139,28 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors
-        return (weight.T @ grad.T).T, None
+        (blocks,) = ctx.saved_tensors
+        return (blocks.mT.flatten(0, 1).T @ grad.T).T, None
+
+
+def in_blocks(weight: Tensor, k: int) -> Tensor:
+    """(out, in) -> (out/k, in, k), a view; unchanged where `linear` gains nothing by it, or k does not divide out."""
+    gains = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+    return weight.view(-1, k, weight.shape[1]).mT if gains and len(weight) % k == 0 else weight
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, x Wᵀ + bias: x (..., in), W (out, in) -> (..., out). Few rows in float32 on a CPU go through W in blocks:
-    MKL splits one product with so few rows badly between cores, and gives each core blocks of its own."""
-    x, with_grad = input.reshape(-1, weight.shape[1]), torch.is_grad_enabled()
-    in_float32_on_mkl = (
-        input.device.type == "cpu" and input.dtype == torch.float32 and torch.backends.mkl.is_available()
-    )
-    if not in_float32_on_mkl or not 0 < len(x) <= 128 or len(weight) % 64 or (with_grad and weight.requires_grad):
-        return F.linear(input, weight, bias)
-    product = _InBlocks.apply if with_grad else _InBlocks.forward
-    y = product(x, weight).view(*input.shape[:-1], -1)
+    """F.linear, x Wᵀ + bias: x (..., in), W (out, in), or in blocks (out/k, in, k) -> (..., out).
+
+    In float32 on a CPU few rows go through W in blocks: MKL splits one product with so few rows badly between cores, and
+    gives each core blocks of its own. A copy with k = 16 is read fastest; without one, k = 64."""
+    x = input.reshape(-1, input.shape[-1])
+    few = 0 < len(x) <= 256 and not (weight.requires_grad and torch.is_grad_enabled())
+    blocks = in_blocks(weight, 64) if few and weight.dim() == 2 else weight
+    if not few or blocks.dim() == 2:
+        return F.linear(input, weight if weight.dim() == 2 else weight.mT.flatten(0, 1), bias)
+    product = _InBlocks.apply if torch.is_grad_enabled() else _InBlocks.forward
+    y = product(x, blocks).view(*input.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
@@ -191,7 +197,9 @@ class LoRALinear(_Switchable):
         self.lora_magnitude_vector: nn.Parameter | None = None
         self.residual: Tensor | None
         self.register_buffer("residual", None, persistent=False)  # PiSSA's weight while the adapter is on
-        self.merged: tuple[Tensor, Tensor | None] | None = None  # dense weight (out, in) and bias, within lora_merged
+        self.merged: tuple[Tensor, Tensor | None] | None = (
+            None  # dense weight, as `linear` takes it, and bias, within lora_merged
+        )
         with torch.no_grad():
             self._init_weights(config, r)
 
@@ -378,7 +386,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
         try:
             for layer in layers:
                 with torch.no_grad():
-                    merged = layer._oriented(layer.merged_weight()).contiguous()
+                    merged = in_blocks(layer._oriented(layer.merged_weight()), 16).contiguous()
                 merged.requires_grad_().register_hook(refuse)  # a backward pass through what was computed inside
                 layer.merged = merged, layer.base_layer.bias
                 if layer.lora_B.weight.requires_grad:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import lora
 import rewards as rewards_module
 from grpo_lora import (
     AGGREGATION,
@@ -37,7 +38,7 @@ from grpo_lora import (
     kl_penalty,
     multi_objective_advantages,
 )
-from lora import LoRAConfig, LoRALinear, apply_lora, linear, lora_disabled, lora_merged, param_groups
+from lora import LoRAConfig, LoRALinear, apply_lora, in_blocks, linear, lora_disabled, lora_merged, param_groups
 from rewards import REWARDS, accuracy_reward, answers_match, canonical_answer, extract_answer, load_reward
 
 for profile, phases in (
@@ -796,8 +797,8 @@ def test_backward_is_refused_while_weights_are_merged():
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("out", [7, 64, 192])
-@pytest.mark.parametrize("shape", [(5, 3), (4, 1, 3), (1, 128, 3), (2, 65, 3), (3,), (0, 3)])
+@pytest.mark.parametrize("out", [7, 48, 64, 192])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 1, 3), (1, 256, 3), (2, 129, 3), (3,), (0, 3)])
 def test_a_linear_product_in_blocks_changes_neither_value_nor_gradient(shape, out, with_bias, frozen):
     def values_and_gradients(function):  # of small integers, whose sums are exact in any order
         torch.manual_seed(0)
@@ -814,10 +815,28 @@ def test_a_linear_product_in_blocks_changes_neither_value_nor_gradient(shape, ou
         return y, again, x.grad, weight.grad, bias.grad
 
     expected = values_and_gradients(F.linear)
+    copied = lambda input, weight, bias: linear(input, in_blocks(weight, 16).contiguous(), bias)
     with _FasterHead():
         by_mode = values_and_gradients(F.linear)
-    for found in (values_and_gradients(linear), by_mode):
+    for found in (values_and_gradients(linear), values_and_gradients(copied), by_mode):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="a gain with MKL alone")
+def test_few_rows_in_float32_and_they_alone_go_in_blocks(monkeypatch):
+    product, seen = lora._InBlocks.forward, []
+    monkeypatch.setattr(lora._InBlocks, "forward", staticmethod(lambda x, w: seen.append(len(x)) or product(x, w)))
+    f32, f64 = torch.float32, torch.float64
+    for rows, out, dtype in [(0, 64, f32), (1, 64, f32), (256, 64, f32), (257, 64, f32), (5, 48, f32), (6, 64, f64)]:
+        x, weight = torch.randn(rows, 3, dtype=dtype), torch.randn(out, 3, dtype=dtype)
+        linear(x, weight)
+        linear(x, weight.requires_grad_())  # W needs a gradient, which blocks do not have
+        with torch.no_grad():
+            linear(x, weight)
+    assert seen == [1, 1, 256, 256]
+    assert in_blocks(torch.ones(48, 3), 16).shape == (3, 3, 16)
+    for weight in (torch.ones(47, 3), torch.ones(48, 3, dtype=f64), torch.ones(48, 3, device="meta")):
+        assert in_blocks(weight, 16) is weight
 
 
 def test_dropout_acts_in_training_mode_on_the_adapter_alone():

@@ -2836,7 +2836,7 @@ GALLERY = [
     Bug(17, "merge and unmerge in place, which drifts", "huggingface/trl#6688", "lora.py",
         "hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)\n            yield\n",
         "hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)\n"
-        "                layer.base_layer.weight.data += layer.merged[0].data - layer.base_layer.weight\n            yield\n",
+        "                layer.base_layer.weight.data += layer.merged_weight().data - layer.base_layer.weight\n            yield\n",
         "test_merging_a_thousand_times_leaves_every_bit_of_the_base"),
     Bug(18, "adapter-off not restored after an exception", "huggingface/peft#367", "lora.py",
         RESTORE, RESTORE.replace("    try:\n        yield\n    finally:\n    ", "    yield\n    if True:\n    "),

@@ -34,7 +34,7 @@ import test_training  # noqa: E402
 
 JUDGED = {  # of grpo_lora.py
     "group_advantages", "_nanstd", "combine_rewards", "multi_objective_advantages", "completion_mask", "kl_penalty",
-    "grpo_loss", "CausalLM", "_RoomyLayer", "_FewRows", "Rollout", "generate", "_decode", "_TokenLogps", "_chunk_logps",
+    "grpo_loss", "CausalLM", "_RoomyLayer", "_FasterHead", "Rollout", "generate", "_decode", "_TokenLogps", "_chunk_logps",
     "completion_logps", "evaluating", "adapter_dropout", "default_reference",
 }  # fmt: skip
 SWAPS = {
@@ -127,7 +127,6 @@ EDGE = "the two differ only where the numbers are equal, and there both ways giv
 ZERO = "the two differ only where A = 0, and there everything it multiplies is 0"
 AXES = "axis 2 of the four of a key is axis -2"
 DUMMY = "for _ in range(t + 1, steps if lm.sharded else 0):  # the other processes may still be writing"
-BUFFER = "if buffer is None or moved or end > buffer.shape[-2]:"
 EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
     ("nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "pass"):
         "nn.Linear has just drawn A from the same distribution; the line is there to be read",
@@ -144,9 +143,7 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
     ('stats["clip_ratio/low_mean"] = (ratio < 1 - epsilon) & (A < 0)', "ratio < 1 - epsilon", "ratio <= 1 - epsilon"): EDGE,
     ('stats["clip_ratio/high_mean"] = (ratio > 1 + high) & (A > 0)', "ratio > 1 + high", "ratio >= 1 + high"): EDGE,
     ("loss = loss / (max_completion_length or 1)", "1", "2"): "None was refused at the start of the function",
-    (BUFFER, "end > buffer.shape[-2]", "end >= buffer.shape[-2]"): "one more copy, of the same",
-    (BUFFER, "-2", "2"): AXES, ("end = past + new.shape[-2]", "-2", "2"): AXES,
-    (BUFFER, "2", "3"): "axis -3, the heads: a buffer that is then made anew more often, with the same in it",
+    ("past, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]", "-2", "2"): AXES,
     ("dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)", "1", "2"): "tokens nobody looks at",
     ("dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)", "0", "1"): "tokens nobody looks at",
     ("self.core(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.core.device))", "1", "2"): "tokens nobody looks at",
@@ -183,11 +180,11 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
         "the mask drops it: any finite number does",
     ("log_w = log_ratio.clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)", "20", "21"):
         "the weight is 0 from w = e^7 on",
-    ("past = old.shape[-2] if old.numel() else 0", "-2", "2"): AXES,
     ('if getattr(self.core.config, "is_encoder_decoder", False):', "False", "True"): "all configs have it",
     ('self.takes_cache = bool(self.cache_name) and not getattr(self.core, "_is_stateful", False)', "False", "True"):
         "all models have it",
-    ("logits = self.core(input_ids=dummy, use_cache=False).logits[0]", "False", "True"): "the stub has no cache",
+    ("logits = self.core(input_ids=dummy, use_cache=False).logits.squeeze(0)  # where [0] fills zeros in backward",
+        "False", "True"): "the stub has no cache",
     ("tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)",
         "draws[alive, t:t + 1] * cdf[:, -1:]", "draws[alive, t:t + 1] / cdf[:, -1:]"): "cdf ends at 1 but for rounding",
     ("model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 128",
