@@ -154,12 +154,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     In float32 on a CPU few rows go through W in blocks: MKL splits one product with so few rows badly between cores, and
     gives each core blocks of its own. A copy with k = 16 is read fastest; without one, k = 64."""
-    x = input.reshape(-1, input.shape[-1])
-    few = 0 < len(x) <= 256 and not (weight.requires_grad and torch.is_grad_enabled())
-    blocks = in_blocks(weight, 64) if few and weight.dim() == 2 else weight
-    if not few or blocks.dim() == 2:
-        return F.linear(input, weight if weight.dim() == 2 else weight.mT.flatten(0, 1), bias)
-    product = _InBlocks.apply if torch.is_grad_enabled() else _InBlocks.forward
+    blocks = weight if weight.dim() == 3 else in_blocks(weight, 64)
+    if blocks.dim() == 2:
+        return F.linear(input, weight, bias)
+    x, with_grad = input.reshape(-1, input.shape[-1]), torch.is_grad_enabled()
+    if not 0 < len(x) <= 256 or (with_grad and weight.requires_grad):
+        return F.linear(input, blocks.mT.flatten(0, 1), bias)
+    product = _InBlocks.apply if with_grad else _InBlocks.forward
     y = product(x, blocks).view(*input.shape[:-1], -1)
     return y if bias is None else y + bias
 

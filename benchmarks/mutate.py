@@ -130,6 +130,8 @@ DUMMY = "for _ in range(t + 1, steps if lm.sharded else 0):  # the other process
 EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
     ("nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "pass"):
         "nn.Linear has just drawn A from the same distribution; the line is there to be read",
+    ("product = _InBlocks.apply if with_grad else _InBlocks.forward", "_InBlocks.apply if with_grad else _InBlocks.forward",
+        "_InBlocks.forward if with_grad else _InBlocks.apply"): "autograd finds the same gradient, in more memory",
     ('names = ", ".join(sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()}))', "-1", "1"):
         "which names a refusal suggests",
     ('json.dumps(config, indent=2, sort_keys=True) + "\\n", encoding="utf-8"', "True", "False"): "the order of keys in a file",
