@@ -730,8 +730,7 @@ def _decode(
     if cache is not None:
         cache.batch_repeat_interleave(G)
     for t in range(steps):
-        logits = lm.logits(hidden)  # (alive, V)
-        log_probs = (logits / temperature).log_softmax(dim=-1)
+        log_probs = (lm.logits(hidden) / temperature).log_softmax(dim=-1)  # (alive, V)
         cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
         # inverse CDF: the first token with cdf > u; the draw is scaled because rounding leaves the last entry near 1
         tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)
@@ -959,9 +958,7 @@ class GRPOTrainer:
                 raise ValueError("fsdp: spreads frozen weights over processes; start with torchrun, and train adapters")
             shard_base(model)
         keep_freed_memory()
-        if (
-            next(iter(self.params.values())).device.type == "cpu"
-        ):  # else sdpa copies keys and values for each query head
+        if next(iter(self.params.values())).device.type == "cpu":  # where sdpa would copy keys for each query head
             os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         groups = param_groups(model, args.learning_rate, args.lora_plus_ratio, args.modules_to_save_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)

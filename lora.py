@@ -199,7 +199,7 @@ class LoRALinear(_Switchable):
         self.residual: Tensor | None
         self.register_buffer("residual", None, persistent=False)  # PiSSA's weight while the adapter is on
         self.merged: tuple[Tensor, Tensor | None] | None = (
-            None  # dense weight, as `linear` takes it, and bias, within lora_merged
+            None  # within lora_merged: weight, as `linear` takes it, and bias
         )
         with torch.no_grad():
             self._init_weights(config, r)
