@@ -2760,7 +2760,7 @@ ENDS = "return (is_eos.cumsum(dim=1) - is_eos.long()) == 0"
 WEIGHTED = "return torch.where(rewards.isnan().all(dim=-1), math.nan, (rewards * weights).nansum(dim=-1))"
 MATCH = "return answer is not None and gold is not None and canonical_answer(answer) == canonical_answer(gold)"
 CLIP = "-torch.min(bounded * A, ratio.clamp(1 - epsilon, 1 + high) * A)"
-LOG_PROBS = "log_probs = (logits / temperature).log_softmax(dim=-1)"
+LOG_PROBS = "log_probs = (lm.logits(hidden) / temperature).log_softmax(dim=-1)  # (alive, V)"
 RESTORE = "    try:\n        yield\n    finally:\n        for module in adapters:\n            module.disabled -= 1"
 # fmt: off
 GALLERY = [
@@ -2805,7 +2805,7 @@ GALLERY = [
         "_TokenLogps.apply(h, y, lm.logits, temperature, chunk_size)", "_TokenLogps.apply(h, y, lm.logits, 1.0, chunk_size)",
         "test_the_sampler_and_the_scorer_agree_at_any_temperature"),
     Bug(10, "top-k of the model's generation config left on", "OpenPipe/ART#140", "grpo_lora.py", LOG_PROBS,
-        "z = logits / temperature\n        k = lm.core.generation_config.top_k or z.shape[1]\n"
+        "z = lm.logits(hidden) / temperature\n        k = lm.core.generation_config.top_k or z.shape[1]\n"
         "        log_probs = z.masked_fill(z < z.topk(k).values[:, -1:], -math.inf).log_softmax(dim=-1)",
         "test_the_models_own_generation_config_has_no_say"),
     Bug(11, "left padding without position_ids", "huggingface/trl#6800", "grpo_lora.py",
