@@ -34,6 +34,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -510,11 +511,47 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values  # type: ignore[return-value]
 
 
+class _ShownLayer(_RoomyLayer):
+    """Shows all of its room once the prompt is repeated, so that no shape changes and a decode step can be recorded.
+
+    place (), on the device: how many tokens there are, so where the next one goes. The attention mask must hide the places
+    after it and, as nothing slides out, those before a window.
+    """
+
+    def __init__(self, room: int, place: Tensor, is_sliding: bool) -> None:
+        super().__init__(room)
+        self.place, self.is_sliding = place, is_sliding
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        for buffer in self.buffers:
+            buffer[:, :, -self.room :] = 0  # NaN would spread, hidden or not
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.buffers:
+            return super().update(key_states, value_states, *args, **kwargs)
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer.index_copy_(2, self.place, new)
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def get_seq_length(self) -> Any:
+        return self.place if self.buffers else super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.buffers[0].shape[2], 0) if self.buffers else super().get_mask_sizes(query_length)
+
+    def _fill_to(self, end: Any) -> tuple[Tensor, Tensor]:
+        return super()._fill_to(self.buffers[0].shape[2] if self.buffers else end)
+
+
 class _FasterHead(TorchFunctionMode):
     """F.linear is lora.linear within. (Not for a whole forward: it would cost what it saves, being asked about every call.)"""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (linear if func is nn.functional.linear else func)(*args, **(kwargs or {}))
+
+
+GRAPHS = {"cuda"}  # kinds of device where decode steps are recorded as CUDA graphs, see _decode
 
 
 class CausalLM:
@@ -553,6 +590,9 @@ class CausalLM:
             kinds = {type(layer) for layer in DynamicCache(config=self.core.config).layers}
             self.takes_cache = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
         self.sharded = hasattr(self.decoder, "unshard")  # FSDP: all processes must make the same number of forwards
+        # transformers' word for a forward that asks the host nothing, and for which the mask says all about the cache
+        fixed = getattr(self.core, "_can_compile_fullgraph", False) and self.takes_cache and self.takes_positions
+        self.records = fixed and not self.sharded and self.core.device.type in GRAPHS
 
     def _first_called(self) -> nn.Module:
         """The submodule that the model's forward calls first: its decoder, whatever the family calls it. A hook raises when
@@ -585,10 +625,12 @@ class CausalLM:
         together = together and self.takes_cache and self.takes_positions and not eager64
         return [slice(0, P)] if together else [slice(p, p + 1) for p in range(P)]
 
-    def new_cache(self, room: int = 0) -> DynamicCache:
-        """Of the model's own kinds of layers; room: tokens that it will grow by, one at a time."""
+    def new_cache(self, room: int = 0, place: Tensor | None = None) -> DynamicCache:
+        """Of the model's own kinds of layers; room: tokens that it will grow by, one at a time; place: see _ShownLayer."""
         cache = DynamicCache(config=self.core.config)
-        if room:
+        if place is not None:
+            cache.layers = [_ShownLayer(room, place, getattr(layer, "is_sliding", False)) for layer in cache.layers]
+        elif room:
             cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cache
 
@@ -712,46 +754,103 @@ def generate(
                 logps.append(row_logps)
     completion_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
     mask = completion_mask(completion_ids, eos_token_ids)
-    return Rollout(prompt_ids, prompt_mask, completion_ids, mask, pad_sequence(logps, batch_first=True))
+    completion_ids = completion_ids.masked_fill(~mask, pad_token_id)  # rows may have gone on after their end
+    sampled_logps = pad_sequence(logps, batch_first=True).masked_fill(~mask, 0)
+    return Rollout(prompt_ids, prompt_mask, completion_ids, mask, sampled_logps)
+
+
+def _recorded(step: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """step as a CUDA graph: it takes inputs like these, and the next call overwrites what this one returned. Where step asks
+    the host something on its way, which cannot be recorded: step itself, and a warning."""
+    with torch.cuda.device(inputs[0].device):  # nothing that runs on another one would be recorded
+        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        step(*inputs)  # what libraries set up at their first call is no part of a graph
+        try:
+            with torch.cuda.graph(graph):
+                outputs = step(*inputs)
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)
+            with torch.cuda.graph(
+                torch.cuda.CUDAGraph()
+            ):  # one that ends well: till then torch gives no random numbers
+                inputs[0].clone()
+            why = str(error.__context__ or error).partition("\n")[0]
+            warnings.warn(f"decoding takes longer, as no CUDA graph of a step can be recorded: {why}", stacklevel=2)
+            return step
+
+    def replay(*new: Tensor) -> Any:
+        for x, place in zip(new, inputs, strict=True):
+            place.copy_(x)
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 def _decode(
     lm: CausalLM, prompt_ids: Tensor, prompt_mask: Tensor, draws: Tensor, temperature: float, eos: Tensor, pad: int
 ) -> tuple[Tensor, Tensor]:
-    """The decode loop for one block of prompts. Returns token ids and their log-probs, both (B, T)."""
-    B, steps = draws.shape
-    G = B // len(prompt_ids)
-    alive = torch.arange(B, device=prompt_ids.device)  # rows still being written
-    ids = torch.full((B, steps), pad, dtype=torch.long, device=prompt_ids.device)
-    logps = torch.zeros(B, steps, dtype=torch.float64, device=prompt_ids.device)
-    cache = lm.new_cache(room=steps) if lm.takes_cache else None
-    hidden = lm.hidden(prompt_ids, prompt_mask, cache)[:, -1].repeat_interleave(G, dim=0)  # (B, H)
-    seen, context = prompt_mask.repeat_interleave(G, dim=0), prompt_ids.repeat_interleave(G, dim=0)  # (B, L) each
-    if cache is not None:
-        cache.batch_repeat_interleave(G)
-    for t in range(steps):
-        log_probs = (lm.logits(hidden) / temperature).log_softmax(dim=-1)  # (alive, V)
+    """The decode loop for one block of prompts. Returns token ids and their log-probs, both (B, T).
+
+    On a GPU a step is a thousand small kernels, and to launch them takes longer than to run them. So it is recorded once, as
+    a CUDA graph, and replayed for each token: the same kernels, one launch. Shapes may not change then: what is not written
+    yet is masked, and rows that ended stay until three in four have.
+    """
+    (B, steps), (P, L), device = draws.shape, prompt_ids.shape, prompt_ids.device
+    G = B // P
+    alive = torch.arange(B, device=device)  # the rows in the batch,
+    going = torch.ones(B, dtype=torch.bool, device=device)  # and those of them that are still being written
+    ids = torch.full((B, steps), pad, dtype=torch.long, device=device)
+    logps = torch.zeros(B, steps, dtype=torch.float64, device=device)
+    place = torch.tensor(L, device=device) if lm.records else None
+    cache = lm.new_cache(steps, place) if lm.takes_cache else None
+
+    def draw(hidden: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, H), (n, 1) -> tokens and their log-probs, (n, 1) each, and whether the rows go on, (n,)."""
+        log_probs = (lm.logits(hidden) / temperature).log_softmax(dim=-1)  # (n, V)
         cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
         # inverse CDF: the first token with cdf > u; the draw is scaled because rounding leaves the last entry near 1
-        tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)
+        tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
         tokens = tokens.clamp(max=cdf.shape[1] - 1)  # a draw within rounding of 1
+        return tokens, log_probs.gather(1, tokens), (tokens != eos).all(dim=1)
+
+    def step(context: Tensor, seen: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return draw(lm.hidden(context, seen, cache)[:, -1], u)
+
+    hidden = lm.hidden(prompt_ids, prompt_mask, cache)[:, -1].repeat_interleave(G, dim=0)  # (B, H)
+    context = prompt_ids.repeat_interleave(G, dim=0)  # (B, L)
+    seen = nn.functional.pad(
+        prompt_mask.repeat_interleave(G, dim=0), (0, steps)
+    )  # (B, L + steps), True where tokens are
+    if cache is not None:
+        cache.batch_repeat_interleave(G)
+    tokens, logp, more = draw(hidden, draws[:, :1])
+    next_step: Any = None
+    for t in range(steps):
         ids[alive, t] = tokens.squeeze(1)
-        logps[alive, t] = log_probs.gather(1, tokens).squeeze(1).double()
-        going = ~torch.isin(tokens.squeeze(1), eos)
+        logps[alive, t] = logp.squeeze(1).double()
+        going = going & more
         left = int(going.sum())  # the one number that is asked of the device for each token
         if t + 1 == steps or not left:
             break
-        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
         context = torch.cat([context, tokens], dim=1) if cache is None else tokens
-        if left < len(alive):
+        seen[:, L + t] = True
+        if left < len(alive) if place is None else left <= len(alive) // 4:
             rows = going.nonzero().squeeze(1)
-            alive, seen, context = alive[rows], seen[rows], context[rows]
+            alive, going, seen, context = alive[rows], going[rows], seen[rows], context[rows]
             if cache is not None:
                 cache.batch_select_indices(rows)
-        hidden = lm.hidden(context, seen, cache)[:, -1]
+            next_step = None
+        u = draws[alive, t + 1 : t + 2]
+        if place is None:
+            tokens, logp, more = step(context, seen[:, : L + t + 1], u)
+        else:
+            place.fill_(L + t)
+            next_step = next_step or _recorded(step, (context, seen, u))
+            tokens, logp, more = next_step(context, seen, u)
     for _ in range(t + 1, steps if lm.sharded else 0):  # the other processes may still be writing
         lm.hidden(prompt_ids[:1], prompt_mask[:1])
-    return ids[:, : t + 1], logps[:, : t + 1].to(log_probs.dtype)
+    return ids[:, : t + 1], logps[:, : t + 1].to(logp.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -2171,7 +2270,10 @@ def prepare(argv: Sequence[str]) -> GRPOTrainer:
     if rank == 0:
         check_output_dir(args)
     try:
-        auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if script.device in ("auto", "cuda") and 0 < gpus <= local:
+            raise ValueError(f"--device {script.device}: process {local + 1} of this machine, which has {gpus} GPU(s)")
+        auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if script.device in ("auto", "cuda") else script.device)
         if args.fsdp and device.type != torch.device(auto).type:
             raise ValueError(
