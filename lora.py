@@ -165,6 +165,24 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
+class _WideLinear(torch.autograd.Function):
+    """x Wᵀ in the precision of W (r, in), for x (..., in) in a lower one, of which backward keeps no widened copy."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (x, weight), grad = ctx.saved_tensors, grad.to(ctx.saved_tensors[1].dtype)  # autocast may have narrowed it
+        rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        return (grad @ weight).to(x.dtype), grad.reshape(-1, len(weight)).T @ rows
+
+
 class LoRALinear(_Switchable):
     """y = base(x) + s·B(A(dropout(x)))        s = α/r, or α/√r with use_rslora; x (..., in) -> y (..., out)
 
@@ -250,27 +268,29 @@ class LoRALinear(_Switchable):
             return self.base_layer(x)
         return F.linear(x, self._oriented(self.residual), self.base_layer.bias)
 
+    def _down(self, x: Tensor) -> Tensor:
+        """A(x), (..., r), in the adapter's precision."""
+        return self.lora_A(x) if x.dtype == self.lora_A.weight.dtype else _WideLinear.apply(x, self.lora_A.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.disabled:
             return self.base_layer(x)
         if self.merged is not None:
             return linear(x, *self.merged)
-        x_adapter = x.to(self.lora_A.weight.dtype)
+        dropped = self.lora_dropout.training and isinstance(self.lora_dropout, nn.Dropout)
+        x_adapter = self.lora_dropout(x.to(self.lora_A.weight.dtype)) if dropped else x
         if self.lora_magnitude_vector is None:
             # s·B(A(x)), to which base(x) is added in place. In this order what is freed was allocated last, and leaves no hole
-            change = self.lora_B(self.lora_A(self.lora_dropout(x_adapter))).mul_(self.scaling)
+            change = self.lora_B(self._down(x_adapter)).mul_(self.scaling)
             result = self._base(x)
             return change.add_(result).to(result.dtype)
-        result, x = self._base(x), x_adapter
+        result = self._base(x)
         ratio = self.lora_magnitude_vector / self._norm().detach()
         bias = self.base_layer.bias
         plain = result if bias is None else result - bias
-        if self.lora_dropout.training and isinstance(
-            self.lora_dropout, nn.Dropout
-        ):  # then all of DoRA's part sees dropped inputs
-            x = self.lora_dropout(x)
-            plain = F.linear(x, self._oriented(self._frozen()).to(x.dtype))
-        change = (ratio - 1) * plain + ratio * self.lora_B(self.lora_A(x)) * self.scaling
+        if dropped:  # then all of DoRA's part sees dropped inputs
+            plain = F.linear(x_adapter, self._oriented(self._frozen()).to(x_adapter.dtype))
+        change = (ratio - 1) * plain + ratio * self.lora_B(self._down(x_adapter)) * self.scaling
         return (result + change).to(result.dtype)
 
 

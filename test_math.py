@@ -921,6 +921,33 @@ def test_adapters_are_float32_on_a_bf16_base_and_outputs_stay_bf16():
         assert torch.equal(model(ids), base(ids))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 16), (5, 16), (16,), (0, 16)])  # (..., in); 8 outputs
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_on_a_bf16_base_backward_keeps_no_float32_copy_of_the_input_and_has_the_same_gradients(
+    shape, autocast, use_dora
+):
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(16, 8, dtype=torch.bfloat16), 4, 8, LoRAConfig(r=4, lora_alpha=8, use_dora=use_dora))
+    nn.init.normal_(layer.lora_B.weight)
+    layer.base_layer.requires_grad_(False)
+    x, kept, results = torch.randn(shape, dtype=torch.bfloat16), [], []
+    for plain in (False, True):
+        if plain:  # the same, through autograd's own: x is widened by an operation of its own
+            layer._down = lambda x: layer.lora_A(x.float())
+        leaves = [x.clone().requires_grad_(), *(p for p in layer.parameters() if p.requires_grad)]
+        kept.clear()
+        note = lambda t: kept.append((t.dtype, t.numel())) or t
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", enabled=autocast):
+            y = layer(leaves[0])
+        assert not x.numel() or ((torch.float32, x.numel()) in kept) == (plain and not autocast)
+        weight = torch.linspace(-1, 1, y.numel()).view_as(y)
+        results.append([y, *torch.autograd.grad((y.float() * weight).sum(), leaves)])
+    for ours, wanted in zip(*results, strict=True):
+        assert ours.dtype == wanted.dtype
+        torch.testing.assert_close(ours, wanted, rtol=0.02 if autocast else 1e-6, atol=0.05 if autocast else 1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------- rewards
 
 numbers = st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=10**4)
