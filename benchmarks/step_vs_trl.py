@@ -1,10 +1,12 @@
 """One update of on-policy GRPO with LoRA, here and in TRL + PEFT, on the same work and the same machine.
 
     python benchmarks/step_vs_trl.py MODEL_FOLDER            # 135M: some 25 minutes on two cores
+    python benchmarks/step_vs_trl.py --gpu                   # a random model of 0.5B in bf16: some 4 minutes on a GPU
 
 Same prompts, rows per forward, rank, targets, loss, sampling (temperature 1, untruncated) and number of tokens: EOS is
 suppressed on both sides, so that every completion has its full length. The two sides alternate, each time in a process of
-its own, whose first update is not timed; figures are medians. Peak memory is the process's largest resident set.
+its own, whose first update is not timed; figures are medians. Peak memory is the process's largest resident set, or on a GPU
+the most that its tensors took.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +27,41 @@ WORK = {  # prompts, completions of each, completion tokens, prompt tokens (abou
     "2 x 8 x 64, prompts of 80": (2, 8, 64, 80, 16),
     "1 x 8 x 64, prompts of 520": (1, 8, 64, 520, 8),
 }
+GPU_WORK = {"1 x 16 x 512, prompts of 512": (1, 16, 512, 512, 16)}
+
+
+def random_model(folder: str) -> None:
+    """A Llama of Qwen2.5-0.5B's sizes, in bf16, with a tokenizer of as many words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, config.vocab_size)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+
+
+def now() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_gib() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def texts(tokenizer, count: int, tokens: int) -> list[str]:
@@ -31,6 +69,8 @@ def texts(tokenizer, count: int, tokens: int) -> list[str]:
     from word_problems import problems
 
     words = " ".join(row["prompt"][-1]["content"] for row in problems(400))
+    if "w2" in tokenizer.get_vocab():  # the random model's
+        words = " ".join(f"w{i}" for i in range(2, 20_000))
     ids = tokenizer(words).input_ids
     return [tokenizer.decode(ids[i * 7 : i * 7 + tokens]) for i in range(count)]
 
@@ -49,7 +89,9 @@ def ours(model_folder: str, work: tuple, updates: int, rows_per_forward: int) ->
 
     P, G, T, L, _ = work
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    gpu = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16 if gpu else torch.float32)
+    model.to("cuda" if gpu else "cpu")
     apply_lora(model, LoRAConfig(r=16, lora_alpha=32))
     rows = [{"prompt": text} for text in texts(tokenizer, P * (updates + 1), L)]
     args = grpo_lora.GRPOConfig(
@@ -62,21 +104,21 @@ def ours(model_folder: str, work: tuple, updates: int, rows_per_forward: int) ->
     sample = trainer.sample
 
     def timed_sample(*args):
-        start = time.perf_counter()
+        start = now()
         rollout = sample(*args)
-        sampling.append(time.perf_counter() - start)
+        sampling.append(now() - start)
         assert rollout.completion_mask.all() and rollout.completion_ids.shape == (P * G, T)
         return rollout
 
     trainer.sample = timed_sample
     for index in range(updates + 1):
         trainer.seed("update", index)
-        start = time.perf_counter()
-        trainer.update(trainer.batch(index))
-        seconds.append(time.perf_counter() - start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        start = now()
+        metrics = trainer.update(trainer.batch(index))
+        seconds.append(now() - start)
     gflop = needed_gflop(model, P, G, T, len(tokenizer(rows[0]["prompt"]).input_ids))
-    return {"seconds": seconds[1:], "sampling": sampling[1:], "peak_gib": memory, "gflop": gflop}
+    timings = {"seconds": seconds[1:], "sampling": sampling[1:], "peak_gib": peak_gib()}
+    return timings | {"gflop": gflop, "gap": metrics[grpo_lora.GAP]}
 
 
 def needed_gflop(model, P: int, G: int, T: int, L: int) -> float:
@@ -100,11 +142,12 @@ def theirs(model_folder: str, work: tuple, updates: int) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     P, G, T, L, rows_per_forward = work
+    gpu = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16 if gpu else torch.float32)
     suppressed = {"suppress_tokens": sorted({tokenizer.eos_token_id, model.generation_config.eos_token_id})}
     args = trl.GRPOConfig(
-        output_dir="unused", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none",
+        output_dir="unused", use_cpu=not gpu, bf16=gpu, gradient_checkpointing=False, save_strategy="no", report_to="none",
         disable_tqdm=True, per_device_train_batch_size=rows_per_forward, gradient_accumulation_steps=P * G // rows_per_forward,
         num_generations=G, max_completion_length=T, max_steps=updates + 1, learning_rate=1e-5, temperature=1.0, beta=0.0,
         loss_type="dapo", logging_steps=1000, generation_kwargs=suppressed, dataloader_pin_memory=False,
@@ -113,16 +156,16 @@ def theirs(model_folder: str, work: tuple, updates: int) -> dict:
 
     class Timer(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            starts.append(time.perf_counter())
+            starts.append(now())
 
         def on_step_end(self, *args, **kwargs):
-            seconds.append(time.perf_counter() - starts[-1])
+            seconds.append(now() - starts[-1])
 
     def timed(generate):
         def call(*args, **kwargs):
-            start = time.perf_counter()
+            start = now()
             out = generate(*args, **kwargs)
-            sampling.append(time.perf_counter() - start)
+            sampling.append(now() - start)
             ids = out.sequences if hasattr(out, "sequences") else out
             assert ids.shape[0] == P * G and not (ids[:, -T:] == tokenizer.eos_token_id).any(), "rows of full length"
             return out
@@ -137,21 +180,22 @@ def theirs(model_folder: str, work: tuple, updates: int) -> dict:
     )
     trainer.add_callback(Timer())
     trainer.train()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds[1:], "sampling": sampling[1:], "peak_gib": memory}
+    return {"seconds": seconds[1:], "sampling": sampling[1:], "peak_gib": peak_gib()}
 
 
 def gemm_rate() -> float:
-    """GFLOP/s of float32 matrix products, the best of many, of the shapes that a small model has."""
+    """GFLOP/s of matrix products, the best of many, in float32 of the shapes that a small model has, or on a GPU in bf16."""
     import torch
 
-    best = 0.0
-    for m, k, n in ((1024, 576, 1536), (1024, 2048, 2048), (2048, 2048, 2048)):
-        a, b = torch.randn(m, k), torch.randn(k, n)
+    best, gpu = 0.0, torch.cuda.is_available()
+    like = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {}
+    small = ((1024, 576, 1536), (1024, 2048, 2048), (2048, 2048, 2048))
+    for m, k, n in ((8192, 8192, 8192),) if gpu else small:
+        a, b = torch.randn(m, k, **like), torch.randn(k, n, **like)
         for _ in range(10):
-            start = time.perf_counter()
+            start = now()
             a @ b
-            best = max(best, 2e-9 * m * k * n / (time.perf_counter() - start))
+            best = max(best, 2e-9 * m * k * n / (now() - start))
     return best
 
 
@@ -163,7 +207,8 @@ def in_process(side: str, model: str, work: tuple, updates: int, rows: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--side")
@@ -172,26 +217,43 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         work = tuple(json.loads(options.work))
-        if options.side == "ours":
-            print(json.dumps(ours(options.model, work, options.updates, options.rows)))
-        elif options.side == "gemm":
+        if options.side == "gemm":
             print(json.dumps({"gflops": gemm_rate()}))
-        else:
+        elif options.side == "theirs":
             print(json.dumps(theirs(options.model, work, options.updates)))
+        else:
+            print(json.dumps(ours(options.model, work, options.updates, options.rows)))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.model:
+            random_model(folder)
+        compare(options.model or folder, options)
 
+
+def compare(model: str, options: argparse.Namespace) -> None:
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    about = {"command": "python benchmarks/step_vs_trl.py MODEL_FOLDER", "model": "SmolLM2-135M-Instruct"}
+    about |= {"machine": platform.machine(), "threads": torch.get_num_threads(), "dtype": "float32"}
+    if options.gpu:
+        about = {"command": "python benchmarks/step_vs_trl.py --gpu", "model": "random Llama of Qwen2.5-0.5B's sizes"}
+        about |= {"machine": torch.cuda.get_device_name(), "dtype": "bfloat16, adapters float32"}
+    about |= {m.__name__: m.__version__ for m in (torch, transformers, trl, peft)}
     results = []
-    for name, work in WORK.items():
+    for name, work in (GPU_WORK if options.gpu else WORK).items():
         P, G, T, _, rows = work
         sides: dict[str, list[dict]] = {"ours": [], "theirs": [], "ours, a group at a time": []}
         rates = []
         for number in range(options.rounds):
             for side in ("ours", "theirs") if number % 2 == 0 else ("theirs", "ours"):
-                sides[side].append(in_process(side, options.model, work, options.updates, rows))
+                sides[side].append(in_process(side, model, work, options.updates, rows))
                 print(f"{name}: {side}: {sides[side][-1]}", file=sys.stderr, flush=True)
-            rates.append(in_process("gemm", options.model, work, 1, rows)["gflops"])
+            rates.append(in_process("gemm", model, work, 1, rows)["gflops"])
         if rows > G:
-            sides["ours, a group at a time"].append(in_process("ours", options.model, work, options.updates, G))
+            sides["ours, a group at a time"].append(in_process("ours", model, work, options.updates, G))
         row = {"work": name, "tokens_sampled": P * G * T}
         for side, runs in sides.items():
             if runs:
@@ -207,19 +269,11 @@ def main() -> None:
         row["gemm_gflops"] = statistics.median(rates)
         row["gflop_per_update"] = sides["ours"][0]["gflop"]
         row["share_of_gemm_rate"] = row["gflop_per_update"] / row["gemm_gflops"] / row["ours"]["seconds"]
+        row["sampler_scorer_gap"] = statistics.median(run["gap"] for run in sides["ours"])
         results.append(row)
         print(json.dumps(row, indent=1), flush=True)
-    import peft
-    import torch
-    import transformers
-    import trl
-
-    machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "dtype": "float32"}
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, trl, peft)}
-    summary = {"command": "python benchmarks/step_vs_trl.py MODEL_FOLDER", "model": "SmolLM2-135M-Instruct"}
-    (HERE / "step_vs_trl.json").write_text(
-        json.dumps(summary | machine | versions | {"results": results}, indent=1) + "\n"
-    )
+        path = HERE / f"step_vs_trl{'_gpu' * options.gpu}.json"
+        path.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
