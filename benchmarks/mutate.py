@@ -34,8 +34,8 @@ import test_training  # noqa: E402
 
 JUDGED = {  # of grpo_lora.py
     "group_advantages", "_nanstd", "combine_rewards", "multi_objective_advantages", "completion_mask", "kl_penalty",
-    "grpo_loss", "CausalLM", "_RoomyLayer", "_FasterHead", "Rollout", "generate", "_decode", "_TokenLogps", "_chunk_logps",
-    "completion_logps", "evaluating", "adapter_dropout", "default_reference",
+    "grpo_loss", "CausalLM", "_RoomyLayer", "_ShownLayer", "_FasterHead", "Rollout", "generate", "_recorded", "_decode",
+    "_TokenLogps", "_chunk_logps", "completion_logps", "evaluating", "adapter_dropout", "default_reference",
 }  # fmt: skip
 SWAPS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -151,7 +151,7 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
     ("self.core(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.core.device))", "1", "2"): "tokens nobody looks at",
     ('if getattr(config, "is_decoder", True) is False and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:',
         "True", "False"): "all configs of encoders have is_decoder",
-    ("tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)", "True", "False"):
+    ("tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)", "True", "False"):
         "a draw lies on a boundary once in 2 ** 53",
     ("lm.hidden(prompt_ids[:1], prompt_mask[:1])", "1", "2"): "a dummy forward for the other processes, of two rows",
     (DUMMY, "0", "1"): "t + 1 is above 1 already",
@@ -163,7 +163,8 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
         "True", "False"): "both paths give the same, which other tests show",
     ("return zero + torch.zeros_like(mask, dtype=h.dtype), torch.zeros_like(mask, dtype=h.dtype)",
         "zero + torch.zeros_like(mask, dtype=h.dtype)", "zero - torch.zeros_like(mask, dtype=h.dtype)"): "zeros",
-    ("def new_cache(self, room: int = 0) -> DynamicCache:", "0", "1"): "a cache with room holds the same",
+    ("def new_cache(self, room: int = 0, place: Tensor | None = None) -> DynamicCache:", "0", "1"):
+        "a cache with room holds the same",
     ("x = torch.ones(2, weight.shape[1], dtype=weight.dtype, device=weight.device)", "2", "3"): "rows of a trial input",
     ("U, S, Vh = torch.linalg.svd(self._oriented(W).to(A.dtype), full_matrices=False)", "False", "True"):
         "only the first r vectors are used",
@@ -187,8 +188,8 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
         "all models have it",
     ("logits = self.core(input_ids=dummy, use_cache=False).logits.squeeze(0)  # where [0] fills zeros in backward",
         "False", "True"): "the stub has no cache",
-    ("tokens = torch.searchsorted(cdf, draws[alive, t : t + 1] * cdf[:, -1:], right=True)  # (alive, 1)",
-        "draws[alive, t:t + 1] * cdf[:, -1:]", "draws[alive, t:t + 1] / cdf[:, -1:]"): "cdf ends at 1 but for rounding",
+    ("tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)", "u * cdf[:, -1:]", "u / cdf[:, -1:]"):
+        "cdf ends at 1 but for rounding",
     ("model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 128",
         "128", "129"): "the size of a chunk changes nothing, which other tests show",
     ("if torch.is_grad_enabled() and lm.head_is_trained():", "torch.is_grad_enabled() and lm.head_is_trained()",

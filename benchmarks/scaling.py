@@ -1,6 +1,6 @@
 """How time and memory of one update grow, one size at a time; and what the options cost.
 
-    python benchmarks/scaling.py        # some 8 minutes on two cores; writes scaling.json and scaling.png
+    python benchmarks/scaling.py        # some 15 minutes on two cores; writes scaling.json and scaling.png
 
 A random Llama (4 layers, width 256, 8,192 tokens) and 2 prompts x 8 completions, 128 + 64 tokens of full length, unless varied.
 Each point is a process of its own, so that peak memory is its own too (above what the process held before the first update);
@@ -104,7 +104,7 @@ def draw(axes: dict) -> None:
         plot.loglog(x, [p["seconds"] for p in points], "o-", label="seconds")
         plot.loglog(x, [p["mib"] / 1024 for p in points], "s--", label="GiB")
         plot.set_xticks(x, [f"{v // 1024}k" if v > 9999 else str(v) for v in x])
-        plot.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+        plot.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
         plot.minorticks_off()
         plot.set_xlabel(name)
     plots[0].legend()
