@@ -551,7 +551,7 @@ class _FasterHead(TorchFunctionMode):
         return (linear if func is nn.functional.linear else func)(*args, **(kwargs or {}))
 
 
-GRAPHS = {"cuda"}  # kinds of device where decode steps are recorded as CUDA graphs, see _decode
+GRAPHS = {"cuda"}  # kinds of device where decode steps are recorded as CUDA graphs (see _decode); {} for none
 
 
 class CausalLM:
@@ -592,7 +592,8 @@ class CausalLM:
         self.sharded = hasattr(self.decoder, "unshard")  # FSDP: all processes must make the same number of forwards
         # transformers' word for a forward that asks the host nothing, and for which the mask says all about the cache
         fixed = getattr(self.core, "_can_compile_fullgraph", False) and self.takes_cache and self.takes_positions
-        self.records = fixed and not self.sharded and self.core.device.type in GRAPHS
+        devices = {p.device for p in self.core.parameters()}
+        self.records = fixed and not self.sharded and len(devices) == 1 and self.core.device.type in GRAPHS
 
     def _first_called(self) -> nn.Module:
         """The submodule that the model's forward calls first: its decoder, whatever the family calls it. A hook raises when
@@ -819,9 +820,8 @@ def _decode(
 
     hidden = lm.hidden(prompt_ids, prompt_mask, cache)[:, -1].repeat_interleave(G, dim=0)  # (B, H)
     context = prompt_ids.repeat_interleave(G, dim=0)  # (B, L)
-    seen = nn.functional.pad(
-        prompt_mask.repeat_interleave(G, dim=0), (0, steps)
-    )  # (B, L + steps), True where tokens are
+    seen = prompt_mask.repeat_interleave(G, dim=0)  # (B, L), and room for the completions:
+    seen = nn.functional.pad(seen, (0, steps))  # (B, L + steps), False where no token is yet
     if cache is not None:
         cache.batch_repeat_interleave(G)
     tokens, logp, more = draw(hidden, draws[:, :1])

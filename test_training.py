@@ -2242,6 +2242,19 @@ def test_family_samples_the_same_where_decode_steps_are_recorded(family, recordi
     torch.testing.assert_close(recorded.logps, expected.logps, atol=1e-5, rtol=1e-5)
 
 
+def test_no_decode_step_of_a_model_on_several_devices_or_spread_over_processes_is_recorded(monkeypatch):
+    monkeypatch.setattr(grpo_lora, "GRAPHS", {"cpu"})
+    model = tiny_model()
+    assert CausalLM(model).records
+    model.model.norm.to("meta")
+    assert not CausalLM(model).records
+    model = tiny_model()
+    monkeypatch.setattr(type(model.model), "unshard", None, raising=False)
+    assert CausalLM(model).sharded and not CausalLM(model).records
+    monkeypatch.setattr(grpo_lora, "GRAPHS", {"cuda"})
+    assert not CausalLM(tiny_model()).records
+
+
 def test_a_decode_step_that_cannot_be_recorded_is_taken_as_it_is_and_that_is_said(monkeypatch):
     """On a GPU because the model asks the host how long the rows are (its RoPE is dynamic); else because we say so."""
     device = "cuda" if GPU else "cpu"
