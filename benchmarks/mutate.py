@@ -145,6 +145,19 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
     ('stats["clip_ratio/low_mean"] = (ratio < 1 - epsilon) & (A < 0)', "ratio < 1 - epsilon", "ratio <= 1 - epsilon"): EDGE,
     ('stats["clip_ratio/high_mean"] = (ratio > 1 + high) & (A > 0)', "ratio > 1 + high", "ratio >= 1 + high"): EDGE,
     ("loss = loss / (max_completion_length or 1)", "1", "2"): "None was refused at the start of the function",
+    ("buffer[:, :, -self.room :] = 0  # NaN would spread, hidden or not", "0", "1"): "hidden: any finite number does",
+    ('cache.layers = [_ShownLayer(room, place, getattr(layer, "is_sliding", False)) for layer in cache.layers]',
+        "False", "True"): "all layers have it",
+    ("return (self.buffers[0].shape[2], 0) if self.buffers else super().get_mask_sizes(query_length)", "0", "1"):
+        "keys and values have the same length",
+    ("return super()._fill_to(self.buffers[0].shape[2] if self.buffers else end)", "0", "1"):
+        "keys and values have the same length",
+    ('fixed = getattr(self.core, "_can_compile_fullgraph", False) and self.takes_cache and self.takes_positions',
+        "False", "True"): "all models have it",
+    ('warnings.warn(f"decoding takes longer, as no CUDA graph of a step can be recorded: {why}", stacklevel=2)', "2", "3"):
+        "which line of ours a warning names",
+    ("inputs[0].clone()", "0", "1"): "on a GPU: a recording of anything at all",
+    ("inputs[0].clone()", "inputs[0].clone()", "pass"): "on a GPU: a recording of nothing, which torch only warns of",
     ("past, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]", "-2", "2"): AXES,
     ("dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)", "1", "2"): "tokens nobody looks at",
     ("dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)", "0", "1"): "tokens nobody looks at",
