@@ -1,6 +1,6 @@
 """Our decode loop against the ways that transformers has: dynamic and static caches, a compiled step, continuous batching.
 
-    python benchmarks/decode.py SMOLLM2        # some ten minutes on two quiet cores; writes benchmarks/decode.json
+    python benchmarks/decode.py SMOLLM2        # half an hour on two cores; writes benchmarks/decode.json
     python benchmarks/decode.py --gpu          # a random model of 0.5B in bf16, two minutes on a GPU; writes decode_gpu.json
 
 The same model (merged: plain dense weights), prompts and number of tokens, no EOS, sampled at temperature 1 without top-k or
