@@ -120,7 +120,8 @@ def usable(tests: dict) -> dict:
         }
     )
     slow = ("gallery", "thousand", "merging_a", "262", "frequency", "process", "hangs", "warning")
-    return {n: f for n, f in tests.items() if fits(f) and not any(s in n for s in slow)}
+    here = lambda f: all(m.name == "parametrize" for m in getattr(f, "pytestmark", []))  # and not only on a GPU
+    return {n: f for n, f in tests.items() if here(f) and fits(f) and not any(s in n for s in slow)}
 
 
 EDGE = "the two differ only where the numbers are equal, and there both ways give the same"
@@ -261,7 +262,7 @@ def judge(file: str, source: str, text: str, order: list[str]) -> str:
                     except BaseException:
                         os.write(write, name.encode())
                         os._exit(0)
-            signal.alarm(240)
+            signal.alarm(1200)  # several times what the suite takes: a slow machine is no test
             run_suite(file, text, write)
         except BaseException as error:
             os.write(write, f"loading: {type(error).__name__}".encode())
