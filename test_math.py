@@ -797,7 +797,7 @@ def test_backward_is_refused_while_weights_are_merged():
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("out", [7, 48, 64, 192])
+@pytest.mark.parametrize("out", [7, 48, 64, 192, 1024])
 @pytest.mark.parametrize("shape", [(5, 3), (4, 1, 3), (1, 256, 3), (2, 129, 3), (3,), (0, 3)])
 def test_a_linear_product_in_blocks_changes_neither_value_nor_gradient(shape, out, with_bias, frozen):
     def values_and_gradients(function):  # of small integers, whose sums are exact in any order
@@ -837,6 +837,9 @@ def test_few_rows_in_float32_and_they_alone_go_in_blocks(monkeypatch):
     assert in_blocks(torch.ones(48, 3), 16).shape == (3, 3, 16)
     for weight in (torch.ones(47, 3), torch.ones(48, 3, dtype=f64), torch.ones(48, 3, device="meta")):
         assert in_blocks(weight, 16) is weight
+    model = apply_lora(nn.Sequential(nn.Linear(3, 48)), LoRAConfig(r=1, target_modules=["0"]))
+    with lora_merged(model):
+        assert model[0].merged[0].shape == (3, 3, 16) and model[0].merged[0].is_contiguous()
 
 
 def test_dropout_acts_in_training_mode_on_the_adapter_alone():

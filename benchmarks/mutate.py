@@ -157,6 +157,8 @@ EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
         "False", "True"): "all models have it",
     ('warnings.warn(f"decoding takes longer, as no CUDA graph of a step can be recorded: {why}", stacklevel=2)', "2", "3"):
         "which line of ours a warning names",
+    ("with torch.cuda.device(inputs[0].device):  # nothing that runs on another one would be recorded", "0", "1"):
+        "all inputs are on one device",
     ("inputs[0].clone()", "0", "1"): "on a GPU: a recording of anything at all",
     ("inputs[0].clone()", "inputs[0].clone()", "pass"): "on a GPU: a recording of nothing, which torch only warns of",
     ("past, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]", "-2", "2"): AXES,
