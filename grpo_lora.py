@@ -771,9 +771,8 @@ def _recorded(step: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[
                 outputs = step(*inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)
-            with torch.cuda.graph(
-                torch.cuda.CUDAGraph()
-            ):  # one that ends well: till then torch gives no random numbers
+            # until a recording ends well, torch gives no random numbers: a small one
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 inputs[0].clone()
             why = str(error.__context__ or error).partition("\n")[0]
             warnings.warn(f"decoding takes longer, as no CUDA graph of a step can be recorded: {why}", stacklevel=2)
