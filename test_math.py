@@ -9,8 +9,6 @@ import inspect
 import itertools
 import math
 import os
-import re
-import sys
 import time
 import types
 from fractions import Fraction
@@ -24,29 +22,27 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import lora
-import rewards as rewards_module
 from grpo_lora import (
     AGGREGATION,
     VARIANTS,
     GRPOConfig,
-    _FasterHead,
-    _TokenLogps,
     completion_mask,
     group_advantages,
     grpo_loss,
     kl_penalty,
     multi_objective_advantages,
 )
-from lora import LoRAConfig, LoRALinear, apply_lora, in_blocks, linear, lora_disabled, lora_merged, param_groups
-from rewards import REWARDS, accuracy_reward, answers_match, canonical_answer, extract_answer, load_reward
+from lora import LoRAConfig, LoRALinear, apply_lora, lora_disabled, lora_merged, param_groups
+from rewards import REWARDS, accuracy_reward, answers_match, canonical_answer, extract_answer
 
 for profile, phases in (
     ("default", tuple(hypothesis.Phase)),
     ("gallery", (hypothesis.Phase.explicit, hypothesis.Phase.generate)),
 ):
     seeded = bool(os.environ.get("CI")) or profile == "gallery"
-    settings.register_profile(profile, deadline=None, derandomize=seeded, phases=phases, database=None, max_examples=60)
+    settings.register_profile(
+        profile, deadline=None, derandomize=seeded, phases=phases, database=None, max_examples=60
+    )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 torch.set_num_threads(1)  # tiny tensors only get slower with more
@@ -80,7 +76,9 @@ def gradient(loss: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
 groups = st.integers(1, 4).flatmap(
     lambda p: st.integers(2, 6).flatmap(
         lambda g: st.lists(
-            st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=g, max_size=g), min_size=p, max_size=p
+            st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=g, max_size=g),
+            min_size=p,
+            max_size=p,
         )
     )
 )
@@ -98,7 +96,9 @@ def test_advantages_have_mean_zero_and_std_s_over_s_plus_eps(rewards):
 @given(groups, st.floats(-50, 50), st.floats(0.1, 10))
 def test_advantages_ignore_a_shift_and_at_eps_zero_a_scale_of_the_rewards(rewards, shift, scale):
     rewards = torch.tensor(rewards, dtype=torch.float64)
-    torch.testing.assert_close(group_advantages(rewards + shift), group_advantages(rewards), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        group_advantages(rewards + shift), group_advantages(rewards), atol=1e-6, rtol=1e-6
+    )
     scaled = group_advantages(rewards * scale, eps=0.0)
     torch.testing.assert_close(scaled, group_advantages(rewards, eps=0.0), atol=1e-6, rtol=1e-6)
 
@@ -124,7 +124,9 @@ def test_advantages_by_hand():
     centred = torch.tensor([[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]], dtype=torch.float64)
     std = torch.tensor([[1 / 3], [1.0]], dtype=torch.float64).sqrt()
     torch.testing.assert_close(group_advantages(rewards, eps=0.0), centred / std)
-    torch.testing.assert_close(group_advantages(rewards, scale="batch", eps=0.0), centred / rewards.std())
+    torch.testing.assert_close(
+        group_advantages(rewards, scale="batch", eps=0.0), centred / rewards.std()
+    )
     torch.testing.assert_close(group_advantages(rewards, scale="none"), centred)
     torch.testing.assert_close(group_advantages(rewards.long()), group_advantages(rewards).float())
     with pytest.raises(ValueError, match="scale"):
@@ -143,7 +145,9 @@ def test_a_missing_reward_leaves_the_statistics_and_gets_zero(rewards, random):
         assert (advantages[rewards.isnan()] == 0).all() and not advantages.isnan().any()
     for row, got in zip(rewards, group_advantages(rewards), strict=True):
         valid = row[~row.isnan()]
-        want = group_advantages(valid.unsqueeze(0))[0] if len(valid) > 1 else torch.zeros_like(valid)
+        want = (
+            group_advantages(valid.unsqueeze(0))[0] if len(valid) > 1 else torch.zeros_like(valid)
+        )
         torch.testing.assert_close(got[~row.isnan()], want)
     assert not group_advantages(torch.full((1, 3), math.nan)).any()
 
@@ -153,8 +157,12 @@ def test_several_rewards_are_weighted_once_and_none_is_not_zero():
     rewards = torch.tensor([[[1.0, 10.0], [0.0, nan], [nan, nan], [1.0, 0.0]]], dtype=torch.float64)
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
     total = torch.tensor([[6.0, 0.0, nan, 1.0]], dtype=torch.float64)
-    torch.testing.assert_close(multi_objective_advantages(rewards, weights), group_advantages(total))
-    each = torch.stack([group_advantages(r)[0] for r in rewards.unbind(-1)])  # normalize_then_sum: first within each
+    torch.testing.assert_close(
+        multi_objective_advantages(rewards, weights), group_advantages(total)
+    )
+    each = torch.stack(
+        [group_advantages(r)[0] for r in rewards.unbind(-1)]
+    )  # normalize_then_sum: first within each
     summed = (each * weights.unsqueeze(1)).sum(0)[[0, 1, 3]]
     got = multi_objective_advantages(rewards, weights, aggregation="normalize_then_sum")
     torch.testing.assert_close(got[0, [0, 1, 3]], (summed - summed.mean()) / (summed.std() + 1e-4))
@@ -165,7 +173,8 @@ def test_several_rewards_are_weighted_once_and_none_is_not_zero():
 
 
 @given(
-    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=1, max_size=4), st.sets(st.integers(0, 5))
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=1, max_size=4),
+    st.sets(st.integers(0, 5)),
 )
 def test_mask_ends_with_the_first_eos_whatever_the_padding(rows, eos):
     width = max(map(len, rows))
@@ -186,7 +195,10 @@ def test_kl_estimators_by_hand(logp, ref):
     got = {k: kl_penalty(one(logp), one(ref), estimator=k).item() for k in ("k1", "k2", "k3")}
     assert got["k1"] == pytest.approx(logp - ref)
     assert got["k2"] == pytest.approx((logp - ref) ** 2 / 2)
-    assert got["k3"] == pytest.approx(math.exp(ref - logp) - (ref - logp) - 1, abs=1e-9) and got["k3"] >= 0
+    assert (
+        got["k3"] == pytest.approx(math.exp(ref - logp) - (ref - logp) - 1, abs=1e-9)
+        and got["k3"] >= 0
+    )
     with pytest.raises(ValueError, match="k4"):
         kl_penalty(one(0.0), one(0.0), estimator="k4")
 
@@ -209,7 +221,9 @@ def test_kl_term_is_masked_averaged_and_corrected_like_the_rest_and_by_nothing_e
             "row_sum": len(logps),
         }[AGGREGATION[loss_type]]
         torch.testing.assert_close(loss, 0.5 * (kl / divisor).sum())
-        torch.testing.assert_close(gradient(loss, logps), gradient(0.5 * (kl / divisor).sum(), logps))
+        torch.testing.assert_close(
+            gradient(loss, logps), gradient(0.5 * (kl / divisor).sum(), logps)
+        )
         assert stats["kl"] == pytest.approx((kl.sum() / mask.sum()).item())
 
 
@@ -218,12 +232,22 @@ def test_corrected_k3_has_the_gradient_of_k2():
     zero = torch.zeros(len(logps), dtype=torch.float64)
     for level in ("token", "sequence"):
         common = {"ref_logps": ref, "beta": 1.0, "importance_sampling_level": level}
-        corrected, _ = grpo_loss(logps, logps.detach(), zero, mask, use_bias_correction_kl=True, **common)
+        corrected, _ = grpo_loss(
+            logps, logps.detach(), zero, mask, use_bias_correction_kl=True, **common
+        )
         plain, _ = grpo_loss(
-            logps, logps.detach(), zero, mask, use_bias_correction_kl=False, kl_estimator="k2", **common
+            logps,
+            logps.detach(),
+            zero,
+            mask,
+            use_bias_correction_kl=False,
+            kl_estimator="k2",
+            **common,
         )
         same = torch.allclose(gradient(corrected, logps), gradient(plain, logps), atol=1e-12)
-        assert same == (level == "token")  # one ratio for a whole row spreads each token's KL over the row
+        assert same == (
+            level == "token"
+        )  # one ratio for a whole row spreads each token's KL over the row
 
 
 # --------------------------------------------------------------------------------------------------- the policy loss
@@ -232,13 +256,26 @@ def test_corrected_k3_has_the_gradient_of_k2():
 @pytest.mark.parametrize("loss_type", CLIPPED)
 @pytest.mark.parametrize(
     ("ratio", "A", "moves"),
-    [(0.5, 1, True), (1.0, 1, True), (1.5, 1, False), (0.5, -1, False), (1.0, -1, True), (1.5, -1, True)],
+    [
+        (0.5, 1, True),
+        (1.0, 1, True),
+        (1.5, 1, False),
+        (0.5, -1, False),
+        (1.0, -1, True),
+        (1.5, -1, True),
+    ],
 )
-def test_clip_stops_the_gradient_only_where_the_ratio_already_went_too_far(loss_type, ratio, A, moves):
+def test_clip_stops_the_gradient_only_where_the_ratio_already_went_too_far(
+    loss_type, ratio, A, moves
+):
     logp = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
     old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
-    options = setting_of(loss_type) | ({"max_completion_length": 1} if loss_type == "dr_grpo" else {})
-    loss, stats = grpo_loss(logp, old, torch.tensor([float(A)], dtype=torch.float64), mask, **options)
+    options = setting_of(loss_type) | (
+        {"max_completion_length": 1} if loss_type == "dr_grpo" else {}
+    )
+    loss, stats = grpo_loss(
+        logp, old, torch.tensor([float(A)], dtype=torch.float64), mask, **options
+    )
     assert gradient(loss, logp).item() == pytest.approx(-ratio * A if moves else 0.0)
     assert stats["clip_ratio/region_mean"] == (not moves)
     assert stats["clip_ratio/low_mean"] == (ratio < 0.8 and A < 0)
@@ -249,7 +286,9 @@ def test_epsilons_and_delta_bound_what_they_say():
 
     def loss(ratio, A, **options):
         logp = torch.full((1, 1), math.log(ratio), dtype=torch.float64)
-        return grpo_loss(logp, old, torch.tensor([A], dtype=torch.float64), mask, **options)[0].item()
+        return grpo_loss(logp, old, torch.tensor([A], dtype=torch.float64), mask, **options)[
+            0
+        ].item()
 
     assert loss(3.0, 1.0, epsilon=0.2) == pytest.approx(-1.2)
     assert loss(3.0, 1.0, epsilon=0.2, epsilon_high=0.5) == pytest.approx(-1.5)
@@ -257,7 +296,9 @@ def test_epsilons_and_delta_bound_what_they_say():
     assert loss(9.0, -1.0) == pytest.approx(9.0)  # unbounded, which delta is for
     assert loss(9.0, -1.0, delta=2.0) == pytest.approx(2.0)
     assert loss(9.0, 1.0, delta=2.0, epsilon_high=5.0) == pytest.approx(-2.0)
-    assert loss(9.0, 1.0, delta=2.0, loss_type="cispo", epsilon_high=5.0) == pytest.approx(-5.0 * math.log(9.0))
+    assert loss(9.0, 1.0, delta=2.0, loss_type="cispo", epsilon_high=5.0) == pytest.approx(
+        -5.0 * math.log(9.0)
+    )
 
 
 def test_soft_surrogates_by_hand():
@@ -265,7 +306,9 @@ def test_soft_surrogates_by_hand():
 
     def slope(ratio, A, **options):
         logp = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
-        return gradient(grpo_loss(logp, old, torch.tensor([A], dtype=torch.float64), mask, **options)[0], logp).item()
+        return gradient(
+            grpo_loss(logp, old, torch.tensor([A], dtype=torch.float64), mask, **options)[0], logp
+        ).item()
 
     for A in (2.0, 0.5, -0.5, -2.0):
         assert slope(3.0, A, loss_type="cispo", epsilon_high=5.0) == pytest.approx(-3.0 * A)
@@ -274,16 +317,22 @@ def test_soft_surrogates_by_hand():
         sigma = 1 / (1 + math.exp(-tau * 0.5))
         assert slope(1.5, A, loss_type="sapo") == pytest.approx(-4 * sigma * (1 - sigma) * 1.5 * A)
         k, lam = (2, 3) if A > 0 else (3, 2)
-        assert slope(1.5, A, loss_type="vespo") == pytest.approx(-(1.5**k) * math.exp(lam * (1 - 1.5)) * A)
+        assert slope(1.5, A, loss_type="vespo") == pytest.approx(
+            -(1.5**k) * math.exp(lam * (1 - 1.5)) * A
+        )
     assert slope(1.5, 0.7, loss_type="sapo", sapo_temperature_pos=2.0) == pytest.approx(
         -4 * 0.7 * 1.5 * math.e / (1 + math.e) ** 2
     )
 
 
 def test_vespo_weight_is_that_of_the_row_and_bounded():
-    logps = torch.tensor([[0.3, 0.2, 9.0], [50.0, 50.0, 50.0]], dtype=torch.float64, requires_grad=True)
+    logps = torch.tensor(
+        [[0.3, 0.2, 9.0], [50.0, 50.0, 50.0]], dtype=torch.float64, requires_grad=True
+    )
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    loss, stats = grpo_loss(logps, torch.zeros_like(logps), torch.ones(2, dtype=torch.float64), mask, loss_type="vespo")
+    loss, stats = grpo_loss(
+        logps, torch.zeros_like(logps), torch.ones(2, dtype=torch.float64), mask, loss_type="vespo"
+    )
     w = math.exp(0.5)  # the product of the ratios of the row's own tokens
     phi = w**2 * math.exp(3 * (1 - w))
     want = torch.tensor(
@@ -295,7 +344,9 @@ def test_vespo_weight_is_that_of_the_row_and_bounded():
 
 def test_vespo_bounds_each_log_ratio_at_20_and_their_sum_between_log_1e_8_and_20():
     ones = torch.ones(3, 2, dtype=torch.float64)
-    logps = torch.tensor([[0.0, -19.0], [-40.0, 19.5], [60.0, -19.0]], dtype=torch.float64)  # sums: log 1e-8, -0.5, 1
+    logps = torch.tensor(
+        [[0.0, -19.0], [-40.0, 19.5], [60.0, -19.0]], dtype=torch.float64
+    )  # sums: log 1e-8, -0.5, 1
     A = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
     _, stats = grpo_loss(logps, 0 * logps, A, ones.bool(), loss_type="vespo")
     phi = lambda log_w, k, lam: math.exp(lam + k * log_w - lam * math.exp(log_w))
@@ -305,15 +356,21 @@ def test_vespo_bounds_each_log_ratio_at_20_and_their_sum_between_log_1e_8_and_20
 
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
 def test_clip_diagnostics_count_the_tokens_that_lost_their_gradient(loss_type):
-    logps = torch.tensor([[0.5, 0.1, -0.5], [0.5, 0.1, -0.5], [0.5, 0.1, -0.5]], dtype=torch.float64)
-    A, mask = torch.tensor([0.5, -0.5, 0.0], dtype=torch.float64), torch.ones(3, 3, dtype=torch.bool)
+    logps = torch.tensor(
+        [[0.5, 0.1, -0.5], [0.5, 0.1, -0.5], [0.5, 0.1, -0.5]], dtype=torch.float64
+    )
+    A, mask = (
+        torch.tensor([0.5, -0.5, 0.0], dtype=torch.float64),
+        torch.ones(3, 3, dtype=torch.bool),
+    )
     high = 1.2 if loss_type == "cispo" else 0.2
     _, stats = grpo_loss(logps, 0 * logps, A, mask, loss_type=loss_type, epsilon_high=high)
     if loss_type == "cispo":
         assert stats == {"cispo_clip_ratio": pytest.approx(1 / 9)}
     else:
         assert stats == {
-            f"clip_ratio/{k}_mean": pytest.approx(n / 9) for k, n in (("low", 1), ("high", 1), ("region", 2))
+            f"clip_ratio/{k}_mean": pytest.approx(n / 9)
+            for k, n in (("low", 1), ("high", 1), ("region", 2))
         }
 
 
@@ -330,14 +387,21 @@ def test_defaults_of_the_loss_are_those_of_the_config_and_trls():
 def test_sequence_level_has_one_ratio_a_row_the_geometric_mean_of_its_tokens():
     logps, old, A, mask, _ = batch(3)
     for loss_type in ("grpo", "sapo"):
-        loss, _ = grpo_loss(logps, old, A, mask, loss_type=loss_type, importance_sampling_level="sequence")
+        loss, _ = grpo_loss(
+            logps, old, A, mask, loss_type=loss_type, importance_sampling_level="sequence"
+        )
         total = 0.0
         for row in range(len(logps)):
             own = mask[row]
             if own.any():
                 s = (logps[row][own] - old[row][own]).mean().exp().view(1, 1)
                 one = torch.ones(1, 1, dtype=torch.bool)
-                total = total + grpo_loss(s.log(), torch.zeros_like(s), A[row : row + 1], one, loss_type=loss_type)[0]
+                total = (
+                    total
+                    + grpo_loss(
+                        s.log(), torch.zeros_like(s), A[row : row + 1], one, loss_type=loss_type
+                    )[0]
+                )
         torch.testing.assert_close(loss, total / len(logps))
         torch.testing.assert_close(gradient(loss, logps), gradient(total / len(logps), logps))
 
@@ -359,10 +423,14 @@ def test_at_ratio_one_the_gradient_is_minus_a_grad_logp_under_each_normaliser(lo
     if (
         level == "token" and AGGREGATION[loss_type] == "sequence" and loss_type == "grpo"
     ):  # advantages of a group sum to 0
-        centred, _ = grpo_loss(logps[1:], logps[1:].detach(), A[1:] - A[1:].mean(), mask[1:], **options)
+        centred, _ = grpo_loss(
+            logps[1:], logps[1:].detach(), A[1:] - A[1:].mean(), mask[1:], **options
+        )
         assert abs(centred.item()) < 1e-12  # and so the loss is 0 at first, though it learns
     elif loss_type == "dapo":
-        centred, _ = grpo_loss(logps[1:], logps[1:].detach(), A[1:] - A[1:].mean(), mask[1:], **options)
+        centred, _ = grpo_loss(
+            logps[1:], logps[1:].detach(), A[1:] - A[1:].mean(), mask[1:], **options
+        )
         assert abs(centred.item()) > 1e-3  # here rows of different lengths weigh differently
 
 
@@ -377,7 +445,12 @@ def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(loss_type, seed, s
     parts = 0.0
     for i in range(0, len(logps), size):
         s = slice(i, i + size)
-        parts = parts + grpo_loss(logps[s], old[s], A[s], mask[s], ref_logps=ref[s], normalizer=N, **options)[0]
+        parts = (
+            parts
+            + grpo_loss(logps[s], old[s], A[s], mask[s], ref_logps=ref[s], normalizer=N, **options)[
+                0
+            ]
+        )
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(gradient(parts, logps), gradient(whole, logps))
 
@@ -404,7 +477,11 @@ def test_an_empty_batch_has_loss_zero_and_gradient_zero(loss_type):
     for level in ("token", "sequence"):
         options = setting_of(loss_type, importance_sampling_level=level, beta=0.1)
         loss, stats = grpo_loss(logps, old, A, nothing, ref_logps=ref, **options)
-        assert loss.item() == 0 and not gradient(loss, logps).any() and not any(map(math.isnan, stats.values()))
+        assert (
+            loss.item() == 0
+            and not gradient(loss, logps).any()
+            and not any(map(math.isnan, stats.values()))
+        )
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -415,7 +492,9 @@ def test_order_of_rows_and_amount_of_padding_do_not_matter(loss_type, seed, orde
     options = setting_of(loss_type, beta=0.2)
     loss, _ = grpo_loss(logps, old, A, mask, ref_logps=ref, **options)
     padded = [F.pad(x.detach()[list(order)], (0, pad)) for x in (logps, old, mask, ref)]
-    again, _ = grpo_loss(padded[0], padded[1], A[list(order)], padded[2], ref_logps=padded[3], **options)
+    again, _ = grpo_loss(
+        padded[0], padded[1], A[list(order)], padded[2], ref_logps=padded[3], **options
+    )
     torch.testing.assert_close(again, loss)
 
 
@@ -424,7 +503,9 @@ def test_policy_mask_drops_policy_terms_and_keeps_the_divisor():
     keep = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     loss, _ = grpo_loss(logps, old, A, mask, policy_mask=keep)
     ratio = (logps - old).exp()
-    want = -torch.min(ratio * A.unsqueeze(1), ratio.clamp(0.8, 1.2) * A.unsqueeze(1)) * (mask & keep)
+    want = -torch.min(ratio * A.unsqueeze(1), ratio.clamp(0.8, 1.2) * A.unsqueeze(1)) * (
+        mask & keep
+    )
     torch.testing.assert_close(loss, want.sum() / mask.sum())
 
 
@@ -470,8 +551,14 @@ def test_shapes_and_missing_settings_are_refused_by_name():
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in ("cispo", "vespo")])
 def test_gradients_are_those_of_the_loss_by_finite_differences(loss_type, level, kl):
-    logps, old, A, mask, ref = batch(9, B=3, T=3)  # cispo and vespo stop a gradient on purpose: by hand, above
-    kwargs = {"beta": 0.3 if kl else 0.0, "kl_estimator": kl or "k3", "importance_sampling_level": level}
+    logps, old, A, mask, ref = batch(
+        9, B=3, T=3
+    )  # cispo and vespo stop a gradient on purpose: by hand, above
+    kwargs = {
+        "beta": 0.3 if kl else 0.0,
+        "kl_estimator": kl or "k3",
+        "importance_sampling_level": level,
+    }
     options = setting_of(loss_type, ref_logps=ref, **kwargs)
     assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, A, mask, **options)[0], logps)
 
@@ -479,7 +566,9 @@ def test_gradients_are_those_of_the_loss_by_finite_differences(loss_type, level,
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_a_row_of_settings_that_a_config_takes(name):
     config = GRPOConfig(**VARIANTS[name].settings)
-    assert VARIANTS[name].source and all(getattr(config, k) == v for k, v in VARIANTS[name].settings.items())
+    assert VARIANTS[name].source and all(
+        getattr(config, k) == v for k, v in VARIANTS[name].settings.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- exact enumeration
@@ -488,7 +577,10 @@ def test_a_variant_is_a_row_of_settings_that_a_config_takes(name):
 # Then an expectation over sampling is a finite sum, and what GRPO's loss does on average is known to rounding.
 
 HORIZON = 2
-COMPLETIONS = [[0, 0], *([a, b] for a in (1, 2) for b in (0, 1, 2))]  # the second token of [0, 0] is padding
+COMPLETIONS = [
+    [0, 0],
+    *([a, b] for a in (1, 2) for b in (0, 1, 2)),
+]  # the second token of [0, 0] is padding
 PREFIXES = [(), (1,), (2,)]
 
 
@@ -497,10 +589,14 @@ class TablePolicy:
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.logits = torch.randn(len(PREFIXES), 3, generator=generator, dtype=torch.float64).requires_grad_()
+        self.logits = torch.randn(
+            len(PREFIXES), 3, generator=generator, dtype=torch.float64
+        ).requires_grad_()
         self.ids = torch.tensor(COMPLETIONS)
         self.mask = completion_mask(self.ids, [0])
-        self.states = torch.tensor([[0, PREFIXES.index((c[0],)) if c[0] else 0] for c in COMPLETIONS])
+        self.states = torch.tensor(
+            [[0, PREFIXES.index((c[0],)) if c[0] else 0] for c in COMPLETIONS]
+        )
 
     def logps(self) -> torch.Tensor:  # (7, 2)
         table = self.logits.log_softmax(-1)[self.states]
@@ -540,7 +636,9 @@ def test_dr_grpo_is_g_minus_1_over_g_of_the_policy_gradient_in_expectation(G):
     torch.testing.assert_close(got, (G - 1) / G * policy_gradient(policy), atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize(("scale", "loss_type"), [("group", "dr_grpo"), ("none", "grpo"), ("none", "dapo")])
+@pytest.mark.parametrize(
+    ("scale", "loss_type"), [("group", "dr_grpo"), ("none", "grpo"), ("none", "dapo")]
+)
 def test_std_scaling_and_length_normalisation_bend_the_gradient(scale, loss_type, record_property):
     policy, G = TablePolicy(1), 3
     true, got = (
@@ -582,57 +680,46 @@ def kl_loss_gradient(
 
 def state_kl(policy: TablePolicy, ref: TablePolicy, state: int, reverse: bool) -> torch.Tensor:
     log_p, log_q = policy.logits[state].log_softmax(-1), ref.logits[state].detach().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum() if reverse else (log_q.exp() * (log_q - log_p)).sum()
+    return (
+        (log_p.exp() * (log_p - log_q)).sum() if reverse else (log_q.exp() * (log_q - log_p)).sum()
+    )
 
 
 def test_kl_gradients_by_enumeration():
     """As losses, in expectation: k1 does nothing, k2 follows the reverse KL and k3 the forward KL, state by state."""
     policy, ref = TablePolicy(3), TablePolicy(4)
     for horizon in (1, 2):
-        visits = [1.0] if horizon == 1 else [1.0, *policy.logits[0].softmax(-1)[1:].tolist()]  # E over prefixes
+        visits = (
+            [1.0] if horizon == 1 else [1.0, *policy.logits[0].softmax(-1)[1:].tolist()]
+        )  # E over prefixes
         for estimator, reverse in (("k2", True), ("k3", False)):
-            exact = sum(v * gradient(state_kl(policy, ref, s, reverse), policy.logits) for s, v in enumerate(visits))
+            exact = sum(
+                v * gradient(state_kl(policy, ref, s, reverse), policy.logits)
+                for s, v in enumerate(visits)
+            )
             got = kl_loss_gradient(policy, ref, estimator, horizon)
             torch.testing.assert_close(got, exact, atol=1e-10, rtol=0)
         assert kl_loss_gradient(policy, ref, "k1", horizon).abs().max() < 1e-10
         # times ρ (use_bias_correction_kl) k1 and k3 follow the reverse KL, and k2, which did without, no longer does
-        reverse_kl = sum(v * gradient(state_kl(policy, ref, s, True), policy.logits) for s, v in enumerate(visits))
-        corrected = {k: kl_loss_gradient(policy, ref, k, horizon, correction=True) for k in ("k1", "k2", "k3")}
+        reverse_kl = sum(
+            v * gradient(state_kl(policy, ref, s, True), policy.logits)
+            for s, v in enumerate(visits)
+        )
+        corrected = {
+            k: kl_loss_gradient(policy, ref, k, horizon, correction=True)
+            for k in ("k1", "k2", "k3")
+        }
         torch.testing.assert_close(corrected["k1"], reverse_kl, atol=1e-10, rtol=0)
         torch.testing.assert_close(corrected["k3"], reverse_kl, atol=1e-10, rtol=0)
         assert (corrected["k2"] - reverse_kl).abs().max() > 0.01
     log_p, log_q = policy.logps().sum(1), ref.logps().detach().sum(1)
     sequence_kl = gradient((log_p.exp() * (log_p - log_q)).sum(), policy.logits)
-    assert (kl_loss_gradient(policy, ref, "k2", 2) - sequence_kl).abs().max() > 0.01  # beyond one token they differ
+    assert (
+        kl_loss_gradient(policy, ref, "k2", 2) - sequence_kl
+    ).abs().max() > 0.01  # beyond one token they differ
 
 
 # ---------------------------------------------------------------------------------------- log-probs from hidden states
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_chunked_log_probs_have_the_value_and_gradient_of_the_plain_ones(chunk):
-    torch.manual_seed(0)
-    head = nn.Linear(4, 11, bias=False).double().requires_grad_(False)
-    capped = lambda h: 3.0 * torch.tanh(head(h) / 3.0)  # a soft-capped head, as in Gemma 2
-    hidden, targets = torch.randn(7, 4, dtype=torch.float64, requires_grad=True), torch.randint(11, (7,))
-    logps, entropies = _TokenLogps.apply(hidden, targets, capped, 0.7, chunk)
-    log_probs = (capped(hidden) / 0.7).log_softmax(-1)
-    plain = log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
-    torch.testing.assert_close(logps, plain)
-    torch.testing.assert_close(entropies, -(log_probs.exp() * log_probs).sum(-1))
-    weights = torch.randn(7, dtype=torch.float64)
-    torch.testing.assert_close(gradient((logps * weights).sum(), hidden), gradient((plain * weights).sum(), hidden))
-    assert not entropies.requires_grad
-    assert torch.autograd.gradcheck(lambda h: _TokenLogps.apply(h, targets, capped, 0.7, chunk)[0], hidden)
-
-
-def test_log_probs_of_a_half_precision_head_are_taken_in_float32():
-    hidden = torch.randn(5, 8, dtype=torch.bfloat16)
-    head = nn.Linear(8, 4096, bias=False, dtype=torch.bfloat16)
-    logits = head(hidden).float()
-    logps, _ = _TokenLogps.apply(hidden, torch.arange(5), lambda h: head(h).float(), 1.0, 2)
-    assert logps.dtype == torch.float32
-    torch.testing.assert_close(logps, logits.log_softmax(-1)[torch.arange(5), torch.arange(5)])
 
 
 # ------------------------------------------------------------------------------------------------------ LoRA, one layer
@@ -650,7 +737,13 @@ class Toy(nn.Module):
         return self.out(torch.tanh(self.mix(torch.tanh(self.up(self.embed(ids))))))
 
 
-def toy(config: LoRAConfig, seed: int = 0, random_adapters: bool = True, dtype: torch.dtype = torch.float64, **kwargs):
+def toy(
+    config: LoRAConfig,
+    seed: int = 0,
+    random_adapters: bool = True,
+    dtype: torch.dtype = torch.float64,
+    **kwargs,
+):
     """A toy with adapters that matter, a copy of its base, and inputs."""
     torch.manual_seed(seed)
     base = Toy(**kwargs).to(dtype).eval()
@@ -680,7 +773,9 @@ KINDS = {
 def test_lora_adds_s_b_a_and_nothing_else(kind):
     config = LoRAConfig(r=3, lora_alpha=6, **KINDS[kind])
     model, base, ids = toy(config, random_adapters=False)
-    torch.testing.assert_close(model(ids), base(ids))  # every initialisation starts at the base model's function
+    torch.testing.assert_close(
+        model(ids), base(ids)
+    )  # every initialisation starts at the base model's function
     model, base, ids = toy(config)
     dense = copy.deepcopy(base)
     for name in ("up", "mix", "out"):
@@ -716,7 +811,9 @@ def test_adapters_off_is_the_base_model_to_the_bit_through_nesting_and_exception
         assert torch.equal(model(ids), off)
         with lora_disabled(model):
             assert torch.equal(model(ids), off)
-        assert torch.equal(model(ids), off)  # leaving the inner one must not switch adapters back on
+        assert torch.equal(
+            model(ids), off
+        )  # leaving the inner one must not switch adapters back on
         with torch.no_grad(), lora_merged(model):
             assert torch.equal(model(ids), off)
     assert torch.equal(model(ids), on)
@@ -746,7 +843,9 @@ def test_gradients_reach_adapters_only_and_match_finite_differences(kind):
             flat[0] -= 2 * step
             down = (model(ids) * weights).sum()
             flat[0] += step
-        assert p.grad.view(-1)[0].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-5, abs=1e-7)
+        assert p.grad.view(-1)[0].item() == pytest.approx(
+            ((up - down) / (2 * step)).item(), rel=1e-5, abs=1e-7
+        )
 
 
 def test_dora_gradient_is_that_with_the_norm_held_fixed():
@@ -759,28 +858,42 @@ def test_dora_gradient_is_that_with_the_norm_held_fixed():
         for p in (layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector)
     )
     norm = (base.out.weight + 4 * B @ A).norm(dim=1).detach()
-    y = F.linear(hidden["x"], (m / norm).unsqueeze(1) * (base.out.weight.detach() + 4 * B @ A), base.out.bias.detach())
+    y = F.linear(
+        hidden["x"],
+        (m / norm).unsqueeze(1) * (base.out.weight.detach() + 4 * B @ A),
+        base.out.bias.detach(),
+    )
     (y**2).sum().backward()
-    for ours, exact in ((layer.lora_A.weight, A), (layer.lora_B.weight, B), (layer.lora_magnitude_vector, m)):
+    for ours, exact in (
+        (layer.lora_A.weight, A),
+        (layer.lora_B.weight, B),
+        (layer.lora_magnitude_vector, m),
+    ):
         torch.testing.assert_close(ours.grad, exact.grad)
 
 
 def test_initialisations_have_the_distributions_they_name():
     torch.manual_seed(0)
-    make = lambda **kwargs: apply_lora(nn.Sequential(nn.Linear(400, 300)), LoRAConfig(r=64, **kwargs))[0]
+    make = lambda **kwargs: apply_lora(
+        nn.Sequential(nn.Linear(400, 300)), LoRAConfig(r=64, **kwargs)
+    )[0]
     layer = make()
     A = layer.lora_A.weight
     assert not layer.lora_B.weight.any() and A.abs().max() <= 1 / 20
     assert A.var().item() == pytest.approx(1 / (3 * 400), rel=0.03)  # uniform on ±1/sqrt(in)
     layer = make(init_lora_weights="gaussian")
-    assert not layer.lora_B.weight.any() and layer.lora_A.weight.std().item() == pytest.approx(1 / 64, rel=0.03)
+    assert not layer.lora_B.weight.any() and layer.lora_A.weight.std().item() == pytest.approx(
+        1 / 64, rel=0.03
+    )
     kurtosis = (layer.lora_A.weight**4).mean() / layer.lora_A.weight.var() ** 2
     assert kurtosis.item() == pytest.approx(3.0, rel=0.1)
     layer = make(init_lora_weights="pissa")
     S = torch.linalg.svdvals(layer.base_layer.weight)
     product = layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
     torch.testing.assert_close(torch.linalg.svdvals(product)[:64], S[:64], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(torch.linalg.svdvals(layer.residual)[:200], S[64:264], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.linalg.svdvals(layer.residual)[:200], S[64:264], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_backward_is_refused_while_weights_are_merged():
@@ -793,53 +906,6 @@ def test_backward_is_refused_while_weights_are_merged():
     with pytest.raises(RuntimeError, match="merged"):
         inside.backward()
     model(ids).sum().backward()  # and afterwards all is as before
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("out", [7, 48, 64, 192, 1024])
-@pytest.mark.parametrize("shape", [(5, 3), (4, 1, 3), (1, 256, 3), (2, 129, 3), (3,), (0, 3)])
-def test_a_linear_product_in_blocks_changes_neither_value_nor_gradient(shape, out, with_bias, frozen):
-    def values_and_gradients(function):  # of small integers, whose sums are exact in any order
-        torch.manual_seed(0)
-        x, weight, bias, slope = (
-            torch.randint(-9, 10, size).float().requires_grad_()
-            for size in (shape, (out, 3), (out,), (*shape[:-1], out))
-        )
-        weight.requires_grad_(not frozen)
-        y = function(input=x, weight=weight, bias=bias if with_bias else None)
-        assert y.is_contiguous()
-        y.backward(slope)
-        with torch.no_grad():
-            again = function(input=x, weight=weight, bias=bias if with_bias else None)
-        return y, again, x.grad, weight.grad, bias.grad
-
-    expected = values_and_gradients(F.linear)
-    copied = lambda input, weight, bias: linear(input, in_blocks(weight, 16).contiguous(), bias)
-    with _FasterHead():
-        by_mode = values_and_gradients(F.linear)
-    for found in (values_and_gradients(linear), values_and_gradients(copied), by_mode):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="a gain with MKL alone")
-def test_few_rows_in_float32_and_they_alone_go_in_blocks(monkeypatch):
-    product, seen = lora._InBlocks.forward, []
-    monkeypatch.setattr(lora._InBlocks, "forward", staticmethod(lambda x, w: seen.append(len(x)) or product(x, w)))
-    f32, f64 = torch.float32, torch.float64
-    for rows, out, dtype in [(0, 64, f32), (1, 64, f32), (256, 64, f32), (257, 64, f32), (5, 48, f32), (6, 64, f64)]:
-        x, weight = torch.randn(rows, 3, dtype=dtype), torch.randn(out, 3, dtype=dtype)
-        linear(x, weight)
-        linear(x, weight.requires_grad_())  # W needs a gradient, which blocks do not have
-        with torch.no_grad():
-            linear(x, weight)
-    assert seen == [1, 1, 256, 256]
-    assert in_blocks(torch.ones(48, 3), 16).shape == (3, 3, 16)
-    for weight in (torch.ones(47, 3), torch.ones(48, 3, dtype=f64), torch.ones(48, 3, device="meta")):
-        assert in_blocks(weight, 16) is weight
-    model = apply_lora(nn.Sequential(nn.Linear(3, 48)), LoRAConfig(r=1, target_modules=["0"]))
-    with lora_merged(model):
-        assert model[0].merged[0].shape == (3, 3, 16) and model[0].merged[0].is_contiguous()
 
 
 def test_dropout_acts_in_training_mode_on_the_adapter_alone():
@@ -855,10 +921,18 @@ def test_dropout_acts_in_training_mode_on_the_adapter_alone():
 
 
 def test_param_groups_give_each_kind_its_rate_and_miss_nothing():
-    model, *_ = toy(LoRAConfig(r=2, use_dora=True, modules_to_save=["out"], target_modules=["up", "mix"]))
-    found = {g["name"]: g for g in param_groups(model, 1e-3, lora_plus_ratio=16, modules_to_save_lr=1e-5)}
+    model, *_ = toy(
+        LoRAConfig(r=2, use_dora=True, modules_to_save=["out"], target_modules=["up", "mix"])
+    )
+    found = {
+        g["name"]: g for g in param_groups(model, 1e-3, lora_plus_ratio=16, modules_to_save_lr=1e-5)
+    }
     assert {name: g["lr"] for name, g in found.items()} == {"A": 1e-3, "B": 1.6e-2, "full": 1e-5}
-    assert {name: len(g["params"]) for name, g in found.items()} == {"A": 2, "B": 4, "full": 2}  # B and magnitudes
+    assert {name: len(g["params"]) for name, g in found.items()} == {
+        "A": 2,
+        "B": 4,
+        "full": 2,
+    }  # B and magnitudes
     assert {id(p) for g in found.values() for p in g["params"]} == {
         id(p) for p in model.parameters() if p.requires_grad
     }
@@ -909,7 +983,9 @@ def test_a_subclass_of_linear_is_adapted_where_it_acts_as_one(output, adapted):
     nn.init.constant_(routed.weight, 0.25)
     model = nn.ModuleDict({"routed": routed, "plain": nn.Linear(4, 3)})
     apply_lora(model, LoRAConfig(r=1))
-    assert isinstance(model["routed"], LoRALinear) == adapted and isinstance(model["plain"], LoRALinear)
+    assert isinstance(model["routed"], LoRALinear) == adapted and isinstance(
+        model["plain"], LoRALinear
+    )
 
 
 def test_a_small_alpha_and_a_rank_of_one_will_do():
@@ -922,33 +998,6 @@ def test_adapters_are_float32_on_a_bf16_base_and_outputs_stay_bf16():
     assert model.up.lora_A.weight.dtype == torch.float32 and model(ids).dtype == torch.bfloat16
     with lora_disabled(model):
         assert torch.equal(model(ids), base(ids))
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 16), (5, 16), (16,), (0, 16)])  # (..., in); 8 outputs
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_on_a_bf16_base_backward_keeps_no_float32_copy_of_the_input_and_has_the_same_gradients(
-    shape, autocast, use_dora
-):
-    torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(16, 8, dtype=torch.bfloat16), 4, 8, LoRAConfig(r=4, lora_alpha=8, use_dora=use_dora))
-    nn.init.normal_(layer.lora_B.weight)
-    layer.base_layer.requires_grad_(False)
-    x, kept, results = torch.randn(shape, dtype=torch.bfloat16), [], []
-    for plain in (False, True):
-        if plain:  # the same, through autograd's own: x is widened by an operation of its own
-            layer._down = lambda x: layer.lora_A(x.float())
-        leaves = [x.clone().requires_grad_(), *(p for p in layer.parameters() if p.requires_grad)]
-        kept.clear()
-        note = lambda t: kept.append((t.dtype, t.numel())) or t
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", enabled=autocast):
-            y = layer(leaves[0])
-        assert not x.numel() or ((torch.float32, x.numel()) in kept) == (plain and not autocast)
-        weight = torch.linspace(-1, 1, y.numel()).view_as(y)
-        results.append([y, *torch.autograd.grad((y.float() * weight).sum(), leaves)])
-    for ours, wanted in zip(*results, strict=True):
-        assert ours.dtype == wanted.dtype
-        torch.testing.assert_close(ours, wanted, rtol=0.02 if autocast else 1e-6, atol=0.05 if autocast else 1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- rewards
@@ -966,7 +1015,9 @@ def test_numbers_are_equal_exactly_when_the_fractions_are(a, b):
     ]
     for write, write_b in itertools.product(forms, forms):
         assert answers_match(write(a), write_b(a))
-        assert answers_match(write(a), write_b(b)) == answers_match(write_b(b), write(a)) == (a == b)
+        assert (
+            answers_match(write(a), write_b(b)) == answers_match(write_b(b), write(a)) == (a == b)
+        )
 
 
 @given(st.integers(-(10**9), 10**9), st.integers(0, 6))
@@ -995,7 +1046,11 @@ def test_answers_match_examples(left, right, same):
 
 
 def test_a_missing_answer_equals_nothing_not_even_another():
-    assert not answers_match(None, None) and not answers_match(None, "None") and not answers_match("x", None)
+    assert (
+        not answers_match(None, None)
+        and not answers_match(None, "None")
+        and not answers_match("x", None)
+    )
     assert accuracy_reward(None, ["no answer here"], [None]) == [None]
     assert accuracy_reward(None, ["no answer here", r"\boxed{}"], ["7", "7"]) == [0.0, 0.0]
 
@@ -1020,7 +1075,9 @@ HOSTILE = [r"\boxed{", "{", "<answer>", "</answer>", "<think>", r"\text{", r"\fr
            "$", "\ud800", "\n", "Step 1:", "x=", "1 ", "½", "١"]  # fmt: skip
 texts = st.one_of(
     st.text(max_size=60),
-    st.lists(st.sampled_from([*HOSTILE, "}", "%", "/", ".", ",", "</think>", "First,", "a"]), max_size=30).map("".join),
+    st.lists(
+        st.sampled_from([*HOSTILE, "}", "%", "/", ".", ",", "</think>", "First,", "a"]), max_size=30
+    ).map("".join),
 )
 RANGES = {"accuracy": (0, 1), "format": (0, 1), "tag_count": (0, 1), "reasoning_steps": (0, 1), "length": (-0.5, 0.5),
           "cosine": (-1, 1), "repetition_penalty": (-1, 0), "soft_overlong_penalty": (-1, 0)}  # fmt: skip
@@ -1045,22 +1102,34 @@ def test_rewards_take_time_linear_in_the_text(piece):
     start = time.process_time()
     for reward in REWARDS.values():
         reward(prompts=["p"], completions=[text], answer=[text])
-    assert time.process_time() - start < 5.0  # some 0.3 s where this was written; quadratic would be minutes
+    assert (
+        time.process_time() - start < 5.0
+    )  # some 0.3 s where this was written; quadratic would be minutes
 
 
 def test_reward_values_by_hand():
     def score(name, *completions, **columns):
-        return REWARDS[name](prompts=["p"] * len(completions), completions=list(completions), **columns)
+        return REWARDS[name](
+            prompts=["p"] * len(completions), completions=list(completions), **columns
+        )
 
     good = "<think>\nStep 1: add\n</think>\n<answer>3</answer>"
-    assert score("format", good, good + " bye", "x" + good, good.replace("</think>", ""), good * 2) == [1, 0, 0, 0, 0]
+    assert score(
+        "format", good, good + " bye", "x" + good, good.replace("</think>", ""), good * 2
+    ) == [1, 0, 0, 0, 0]
     assert score("tag_count", good, "<think><think></think>", "") == [1.0, 0.25, 0.0]
-    assert score("reasoning_steps", "1. a\n2. b\n3. c\n4. d", "First, a. Next, b.", "none") == [1.0, 2 / 3, 0.0]
+    assert score("reasoning_steps", "1. a\n2. b\n3. c\n4. d", "First, a. Next, b.", "none") == [
+        1.0,
+        2 / 3,
+        0.0,
+    ]
     ids = [[0] * 10, [0] * 20, [0] * 30, [0] * 20]
     right, wrong = "#### 1", "#### 2"
     got = score("length", right, wrong, right, wrong, answer=["1"] * 4, completion_ids=ids)
     assert got == [0.5, 0.0, -0.5, 0.0]
-    assert REWARDS["length"](prompts=["p", "q"], completions=[right] * 2, answer=["1"] * 2, completion_ids=ids[:2]) == [
+    assert REWARDS["length"](
+        prompts=["p", "q"], completions=[right] * 2, answer=["1"] * 2, completion_ids=ids[:2]
+    ) == [
         0,
         0,
     ]
@@ -1077,45 +1146,44 @@ def test_reward_values_by_hand():
         max_len=100,
     )
     assert got == pytest.approx([1.0, 0.75, 0.5, -1.0])
-    got = score("cosine", wrong, wrong, answer=["1"] * 2, completion_ids=[[0] * 50, [0] * 200], max_len=100)
+    got = score(
+        "cosine", wrong, wrong, answer=["1"] * 2, completion_ids=[[0] * 50, [0] * 200], max_len=100
+    )
     assert got == pytest.approx([-0.75, -0.5])
-    assert score("repetition_penalty", "a b c d", "a b c a b c", "A b") == [0.0, pytest.approx(-0.25), 0.0]
+    assert score("repetition_penalty", "a b c d", "a b c a b c", "A b") == [
+        0.0,
+        pytest.approx(-0.25),
+        0.0,
+    ]
     over = {"max_completion_len": 100, "soft_punish_cache": 20}
     lengths = [[0] * n for n in (80, 81, 90, 100, 101)]
-    assert score("soft_overlong_penalty", *"abcde", completion_ids=lengths, **over) == [0.0, -0.05, -0.5, -1.0, -1.0]
-    run = {"trainer_state": types.SimpleNamespace(max_completion_length=80)}  # then L = 80 and C = 20
-    assert score("soft_overlong_penalty", "a", "b", completion_ids=[[0] * 60, [0] * 70], **run) == [0.0, -0.5]
-    assert score("cosine", right, answer=["1"], completion_ids=[[0] * 40], **run) == pytest.approx([0.75])
-    assert score("soft_overlong_penalty", "a", completion_ids=[[0] * 14336]) == [-0.5]  # DAPO's 16384 and 4096
-    tiny = {"trainer_state": types.SimpleNamespace(max_completion_length=2)}  # a cache of one token, not of none
-    assert score("soft_overlong_penalty", "a", "b", completion_ids=[[0], [0] * 2], **tiny) == [0.0, -1.0]
-    assert score("cosine", right, answer=["1"], completion_ids=[[0] * 500]) == pytest.approx([0.75])  # of 1000
-
-
-def test_rewards_are_found_by_name_by_file_and_by_module(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Half:\n    value: float = 0.5\n"
-        "def my_reward(completions, **columns):\n    return [Half().value for _ in completions]\n"
+    assert score("soft_overlong_penalty", *"abcde", completion_ids=lengths, **over) == [
+        0.0,
+        -0.05,
+        -0.5,
+        -1.0,
+        -1.0,
+    ]
+    run = {
+        "trainer_state": types.SimpleNamespace(max_completion_length=80)
+    }  # then L = 80 and C = 20
+    assert score("soft_overlong_penalty", "a", "b", completion_ids=[[0] * 60, [0] * 70], **run) == [
+        0.0,
+        -0.5,
+    ]
+    assert score("cosine", right, answer=["1"], completion_ids=[[0] * 40], **run) == pytest.approx(
+        [0.75]
     )
-    assert load_reward(f"{tmp_path}/mine.py:my_reward")(completions=["a"]) == [0.5]
-    assert sys.modules["mine"].Half().value == 0.5  # pickles and dataclasses look there
-    del sys.modules["mine"]
-    assert load_reward("accuracy") is load_reward("accuracy_reward") is load_reward("rewards:accuracy_reward")
-    assert load_reward("format") is REWARDS["format"]
-    for spec, words in [
-        ("acuracy", "accuracy"), (f"{tmp_path}/mine.py:other", "my_reward"), (f"{tmp_path}/none.py:f", "none.py"),
-        ("no.such.module:f", "no.such.module"),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            load_reward(spec)
-
-
-def test_demo_task_thinks_right_and_every_problem_is_distinct():
-    problems = rewards_module.sum_problems()
-    assert len({p["prompt"][0]["content"] for p in problems}) == len(problems) == 1000
-    assert problems == rewards_module.sum_problems() != rewards_module.sum_problems(seed=1)
-    replies = [rewards_module.sum_completion(p, think=True) for p in problems]
-    assert set(accuracy_reward(None, replies, [p["answer"] for p in problems])) == {1.0}
-    assert set(REWARDS["format"](None, replies)) == {1.0}
-    for a, b, total in re.findall(r"(\d+)\+(\d+)=(\d+)", " ".join(replies)):
-        assert int(a) + int(b) == int(total)
+    assert score("soft_overlong_penalty", "a", completion_ids=[[0] * 14336]) == [
+        -0.5
+    ]  # DAPO's 16384 and 4096
+    tiny = {
+        "trainer_state": types.SimpleNamespace(max_completion_length=2)
+    }  # a cache of one token, not of none
+    assert score("soft_overlong_penalty", "a", "b", completion_ids=[[0], [0] * 2], **tiny) == [
+        0.0,
+        -1.0,
+    ]
+    assert score("cosine", right, answer=["1"], completion_ids=[[0] * 500]) == pytest.approx(
+        [0.75]
+    )  # of 1000

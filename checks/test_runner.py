@@ -1,0 +1,882 @@
+"""The runner: files, resuming, warnings, faults, the command line, tuning, the report."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import random
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig
+
+import grpo_lora
+import rewards
+from checks.helpers import (
+    CLI_RUN,
+    HERE,
+    KILLING,
+    SMALL,
+    lines,
+    run,
+    run_trainer,
+    same_files,
+    same_run,
+)
+from grpo_lora import GAP, GRPOConfig, completion_mask
+from lora import LoRAConfig, load_lora, save_lora
+from runner import checkpoints, cli, demo, report, watch
+from runner.cli import main
+from runner.report import printable
+from test_training import ROWS, TOKENIZER, VOCAB, adapters_of, one_by_one, tiny_model, with_adapters
+
+
+def test_an_update_that_is_not_finite_is_skipped_counted_and_the_third_in_a_row_ends_the_run_with_its_state_saved(
+    tmp_path,
+):
+    bad = {1, 3, 4, 5}  # by number of the update, from 0
+    t = run_trainer(max_steps=9, output_dir=str(tmp_path))
+    next(iter(t.params.values())).register_hook(lambda g: g * math.nan if t.step in bad else g)
+    after = {}
+    original = t.update
+
+    def watched(rows):
+        metrics = original(rows)
+        after[t.step] = adapters_of(t.model)
+        return metrics
+
+    t.update = watched
+    with pytest.raises(
+        FloatingPointError, match=r"update 6: 3 updates in a row.*lower learning_rate"
+    ):
+        t.train()
+    unchanged = {
+        n for n in range(1, 6) if all(torch.equal(after[n][k], after[n - 1][k]) for k in after[n])
+    }
+    assert unchanged == bad
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 0, 1, 1, 1] and rows[1][
+        "grad_norm"
+    ] is None
+    assert "skipped_updates is 1: " in rows[1]["warnings"][-1]
+    assert (tmp_path / "checkpoint-6/state.json").exists()  # though save_steps is 0
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_policy_that_is_not_finite_itself_is_not_saved(tmp_path):
+    t = run_trainer(max_steps=9, output_dir=str(tmp_path), save_steps=1)
+    B = next(p for name, p in t.params.items() if "lora_B" in name)
+    original = t.update
+
+    def watched(rows):
+        metrics = original(rows)
+        if t.step == 2:
+            B.detach().fill_(math.inf)
+        return metrics
+
+    t.update = watched
+    with pytest.raises(FloatingPointError, match="update 6"):
+        t.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_run_that_three_bad_updates_ended_ends_at_once_when_it_is_resumed(tmp_path):
+    for updates in (3, 4):
+        t = run_trainer(max_steps=9, save_steps=1, output_dir=str(tmp_path), resume=updates > 3)
+        t.update = lambda rows, original=t.update: original(rows) | {"skipped_updates": 1}
+        with pytest.raises(
+            FloatingPointError, match=f"update {updates}: {updates} updates in a row"
+        ):
+            t.train()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_entropy_quantile": 0.5}, {"mask_truncated_completions": True}]
+)
+def test_what_an_update_did_to_each_token_is_recorded(settings, tmp_path):
+    t = run_trainer(
+        num_completions_to_log=8,
+        log_tokens_steps=1,
+        max_steps=1,
+        output_dir=str(tmp_path),
+        temperature=0.7,
+        **settings,
+    )
+    t.train()
+    rows, (rollout, batches) = lines(tmp_path / "completions.jsonl"), t.last_batch
+    whole = dataclasses.replace(
+        rollout, completion_mask=completion_mask(rollout.completion_ids, t.eos_token_ids)
+    )
+    after = one_by_one(t.model, whole)
+    assert len(rows) == 8 and all(len(row["tokens"]) == row["length"] for row in rows)
+    for i, row in enumerate(rows):
+        n = row["length"]
+        assert "".join(row["tokens"]) == TOKENIZER.decode(rollout.completion_ids[i, :n])
+        assert row["logps_sampled"] == pytest.approx(rollout.logps[i, :n].tolist())
+        assert row["logps_after"] == pytest.approx(after[i, :n].tolist(), abs=1e-4)
+        if settings.get("mask_truncated_completions"):
+            assert row["trained"] == [row["ended"]] * n
+    if "top_entropy_quantile" in settings:
+        assert all(row["trained"] == [True] * row["length"] for row in rows) is False
+        kept = {
+            p: m for b in batches for p, m in zip(b.prompts, b.policy_mask.split(4), strict=True)
+        }
+        for i, row in enumerate(rows):
+            assert row["trained"] == kept[i // 4][i % 4, : row["length"]].tolist()
+    elif not settings:
+        assert all(all(row["trained"]) for row in rows)
+
+
+def hanging(completions, **columns):
+    while True:
+        try:
+            time.sleep(5)
+        except Exception:
+            continue
+
+
+async def hanging_async(completions, **columns):
+    while True:
+        with contextlib.suppress(Exception):
+            await asyncio.sleep(5)
+
+
+def hanging_lazily(completions, **columns):
+    return (hanging(completions) for _ in completions)
+
+
+def hanging_in_c(completions, **columns):
+    """A regular expression that backtracks for ever, and lets no other thread run meanwhile."""
+    return [re.match(r"(a+)+$", "a" * 60 + "b")]
+
+
+@pytest.mark.parametrize("thread", [False, True])
+@pytest.mark.parametrize("name", ["hanging", "hanging_async", "hanging_lazily", "hanging_in_c"])
+def test_a_reward_that_hangs_ends_the_process_and_is_named(name, thread):
+    code = (
+        "import threading; from checks import test_runner as t; from rewards import call_reward\n"
+    )
+    code += f"f = t.watch.with_time_limit(t.{name}, 0.2)\n"
+    code += "run = lambda: call_reward(f, 1, {'completions': ['']})\n"
+    code += "x = threading.Thread(target=run); x.start(); x.join()" if thread else "run()"
+    command, started = [sys.executable, "-c", code], time.monotonic()
+    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and time.monotonic() - started < 40
+    if name == "hanging_in_c":
+        assert "Timeout" in result.stderr and "in hanging_in_c" in result.stderr
+    else:
+        text = f"error: reward {name} took longer than reward_timeout = 0.2 s"
+        assert result.stderr.strip().splitlines()[-1] == text
+
+
+def test_a_reward_with_a_time_limit_may_set_alarms_of_its_own_and_keeps_its_columns():
+    seen = []
+
+    def alarmed(completions, answer, **columns):
+        """As math_verify does."""
+        old = signal.signal(signal.SIGALRM, lambda *_: seen.append("alarm"))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        time.sleep(0.2)
+        signal.signal(signal.SIGALRM, old)
+        return [1.0] * len(completions)
+
+    limited = watch.with_time_limit(alarmed, 60)
+    assert rewards.call_reward(limited, 1, {"completions": [""], "answer": ["1"]}) == [1.0]
+    assert seen == ["alarm"] and limited.__name__ == "alarmed"
+    with pytest.raises(ValueError, match="reward alarmed: missing a required.*'answer'"):
+        run_trainer(reward=limited, rows=[{"prompt": "1"}])
+
+
+def test_running_out_of_memory_names_the_settings_that_need_less(model_dir, data, tmp_path, capsys):
+    huge = [
+        "--num_generations",
+        "20000000",
+        "--max_completion_length",
+        "30",
+        "--per_device_train_batch_size",
+        "4",
+    ]
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    command = [
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        *SMALL,
+        *huge,
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    command += ["--device", "cpu"]
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**32, limits[1]))
+    try:
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: out of memory: lower per_device_train_batch_size")
+    torch_error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(MemoryError, match="per_device_train_batch_size"), watch.memory_advice():
+        raise torch_error
+
+
+# ----------------------------------------------------------------------------------- early warnings
+
+
+def equal_rewards(completions, **columns):
+    return [0.5] * len(completions)
+
+
+def noise(completions, **columns):
+    """Tells completions apart, and cannot be learnt."""
+    return [random.random() for _ in completions]
+
+
+def first_is_20(completion_ids, **columns):
+    return [float(ids[0] == 20) for ids in completion_ids]
+
+
+def warned(reward=noise, **args) -> set[str]:
+    """The metrics that a small run was warned of."""
+    model = args.pop("model", None) or with_adapters(
+        tiny_model(), random=False, target_modules=["down_proj", "lm_head"]
+    )
+    defaults = {
+        "max_steps": 12,
+        "max_completion_length": 4,
+        "prompts_per_step": 2,
+        "num_generations": 8,
+    }
+    defaults |= {"per_device_train_batch_size": 64}
+    with tempfile.TemporaryDirectory() as folder:
+        t = run_trainer(model, reward, output_dir=folder, **defaults | args)
+        t.train()
+        rows = lines(Path(folder) / "metrics.jsonl")
+    texts = [text for row in rows for text in row.get("warnings", ())]
+    assert len(texts) == len(set(texts))
+    return {text.partition(" is ")[0] for text in texts}
+
+
+def test_warning_equal_rewards_and_no_gradient():
+    assert {"frac_reward_zero_std", "grad_norm"} <= warned(equal_rewards)
+
+
+def test_warning_no_reward_at_all_is_no_crash():
+    assert "reward" not in warned(
+        lambda completions, **columns: [None] * len(completions), max_steps=41
+    )
+
+
+def test_warning_flat_reward():
+    assert "reward" in warned(max_steps=42, learning_rate=1e-5)
+
+
+def test_warning_kl_entropy_and_clipping_at_a_huge_learning_rate():
+    assert {"kl"} <= warned(learning_rate=0.02, beta=1e-6, max_steps=30)
+    assert "entropy/first" in warned(
+        first_is_20, learning_rate=0.03, max_steps=40, max_completion_length=1, beta=1e-6
+    )
+    assert "clip_ratio/region_mean" in warned(learning_rate=0.1, num_iterations=8, max_steps=40)
+
+
+def test_warning_truncation():
+    assert "completions/clipped_ratio" in warned(max_completion_length=2)
+
+
+def test_warning_a_gradient_that_jumps():
+    outlier = lambda trainer_state, **columns: [
+        x * (1000 if trainer_state.global_step == 11 else 1) for x in noise(**columns)
+    ]
+    assert "grad_norm/usual" in warned(outlier, scale_rewards="none")
+
+
+def test_warning_the_sampler_is_not_the_policy_that_is_scored(monkeypatch):
+    original = grpo_lora.generate
+    monkeypatch.setattr(
+        grpo_lora, "generate", lambda *a, **k: original(*a, **k | {"temperature": 2.0})
+    )
+    assert GAP in warned(temperature=0.5)
+
+
+def test_warning_adapters_that_stay_at_zero(capsys):
+    mamba = tiny_model(config=MambaConfig, hidden_size=32, num_hidden_layers=2, state_size=4)
+    run_trainer(
+        with_adapters(mamba, random=False), max_steps=4
+    ).train()  # it reads dt_proj.weight, and never calls the layer
+    said = capsys.readouterr().err
+    assert "layers.0.mixer.dt_proj.lora_B" in said and "recomputes its past, slowly" in said
+    assert "adapters at zero" in warned(learning_rate=0.0)
+    assert "slowly" not in capsys.readouterr().err  # a Llama's cache can be repeated
+
+
+def test_warnings_stay_silent_on_a_healthy_run_and_each_is_in_the_table():
+    first_is_even = lambda completion_ids, **columns: [
+        float(ids[0] % 2 == 0) for ids in completion_ids
+    ]
+    model = with_adapters(tiny_model(), random=False, target_modules=["down_proj", "lm_head"])
+    model.generation_config.eos_token_id = list(range(9, VOCAB, 2))  # completions end of themselves
+    healthy = {
+        "max_steps": 45,
+        "learning_rate": 0.01,
+        "prompts_per_step": 4,
+        "max_completion_length": 16,
+    }
+    assert warned(first_is_even, model=model, **healthy) == set()
+    assert {sign.metric for sign in watch.SIGNS} == {
+        "frac_reward_zero_std", "reward", "kl", "entropy/first", "completions/clipped_ratio", "clip_ratio/region_mean",
+        "grad_norm", "grad_norm/usual", "skipped_updates", "adapters at zero", GAP,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    run(folder)
+    return folder
+
+
+def test_stopping_and_resuming_is_the_same_run_to_the_bit(straight, tmp_path):
+    assert run(tmp_path, stop_at=3).step == 3  # saves there, out of turn
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(
+            '{"step": 4, "reward": 1}\n{"step": 5, "rew'
+        )  # what a crash may leave behind: ahead, and torn
+    run(tmp_path, resume=True)
+    same_run(straight, tmp_path)
+
+
+def test_several_iterations_and_a_reference_resume_to_the_bit(tmp_path):
+    def go(name, steps, **more):
+        args = {
+            "num_iterations": 2,
+            "beta": 0.1,
+            "output_dir": str(tmp_path / name),
+            "save_steps": 2,
+        }
+        run_trainer(max_steps=steps, **args | more).train()
+        return (tmp_path / name / "adapter/adapter_model.safetensors").read_bytes()
+
+    assert go("straight", 6) != go("resumed", 4)
+    assert go("resumed", 6, resume=True) == go("straight2", 6)
+
+
+def test_a_damaged_checkpoint_is_named_passed_over_and_left_alone(straight, tmp_path, capsys):
+    run(tmp_path, stop_at=4)
+    weights = tmp_path / "checkpoint-4/trainer.pt"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # a single bit
+    weights.write_bytes(data)
+    (tmp_path / "checkpoint-9").mkdir()  # torn before it had anything
+    run(tmp_path, resume=True)
+    said = capsys.readouterr().err
+    assert (
+        "checkpoint-4: trainer.pt has changed" in said
+        and "checkpoint-9" in said
+        and "checkpoint-2" in said
+    )
+    same_run(straight, tmp_path)
+    assert bytes(data) in [p.read_bytes() for p in tmp_path.glob("torn-checkpoint-4-*/trainer.pt")]
+
+
+def test_resuming_on_another_machine_says_what_differs_by_name(tmp_path, capsys, monkeypatch):
+    run(tmp_path, stop_at=2)
+    machine = checkpoints.machine()
+    assert {"torch", "transformers", "threads", "processes", "machine"} <= machine.keys()
+    monkeypatch.setattr(checkpoints, "machine", lambda: machine | {"threads": 99, "torch": "0.0"})
+    run(tmp_path, resume=True, max_steps=3)
+    said = [line for line in capsys.readouterr().err.splitlines() if "results may differ" in line]
+    assert (
+        len(said) == 2
+        and "torch was" in said[0]
+        and f"threads was {machine['threads']}, now 99" in said[1]
+    )
+
+
+def test_resuming_without_a_checkpoint_starts_over_and_says_so(straight, tmp_path, capsys):
+    run(tmp_path, max_steps=0)
+    run(tmp_path, resume=True)
+    assert "no intact checkpoint" in capsys.readouterr().err
+    same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "lora"),
+    [
+        ("learning_rate", {"learning_rate": 0.5}, {}),
+        ("num_generations", {"num_generations": 2}, {}),
+        ("train data", {"rows": ROWS[:39]}, {}),
+        ("rewards", {"reward": "format"}, {}),
+        ("base model", {"base": 1}, {}),
+        ("lora.r", {}, {"r": 8}),
+        ("lora.lora_alpha", {}, {"lora_alpha": 9}),
+    ],
+)
+def test_resuming_another_run_is_refused_with_the_setting_named(straight, name, change, lora):
+    change = dict(change)
+    model = with_adapters(
+        tiny_model(change.pop("base", 0)), **{"lora_dropout": 0.1, "random": False} | lora
+    )
+    t = run_trainer(
+        model, output_dir=str(straight), resume=True, **{"max_steps": 6, "save_steps": 2} | change
+    )
+    with pytest.raises(ValueError, match=f"resume: {name}.* was "):
+        t.train()
+
+
+def test_old_checkpoints_go_and_a_full_disk_leaves_the_rest(tmp_path):
+    run(tmp_path, save_total_limit=2)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(p.stat().st_size for p in (tmp_path / "checkpoint-6").rglob("*"))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (largest // 2, limits[1])
+    )  # a write in the middle of a file fails
+    try:
+        with pytest.raises(
+            OSError,
+            match=r"checkpoint-8 could not be written.*earlier checkpoints are as they were",
+        ):
+            run(tmp_path, max_steps=8, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+    run(tmp_path, max_steps=8, resume=True)
+    assert (tmp_path / "checkpoint-8/state.json").exists()
+
+
+def test_old_checkpoints_are_counted_from_the_present_update(tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()  # damaged, and left alone
+    run(tmp_path, save_total_limit=1, resume=True)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+
+
+def test_a_snapshot_reference_survives_resuming(tmp_path):
+    start = tmp_path / "start"
+    save_lora(with_adapters(tiny_model()), start)
+    args = {"output_dir": str(tmp_path / "run"), "save_steps": 1, "beta": 0.1}
+    first = run_trainer(load_lora(tiny_model(), start), max_steps=2, **args)
+    first.train()
+    again = run_trainer(load_lora(tiny_model(), start), max_steps=3, resume=True, **args)
+    again.train()
+    for name, tensor in first.reference.tensors.items():
+        assert torch.equal(tensor, again.reference.tensors[name])
+        assert not torch.equal(tensor, again.params[name])
+
+
+def test_the_command_line_trains_resumes_and_writes_what_it_says(
+    model_dir, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        "--eval_size",
+        "5",
+        "--rewards",
+        "accuracy,format",
+        *SMALL,
+    ]
+    command += [
+        "--output_dir",
+        "out",
+        "--variant",
+        "gspo",
+        "--epsilon",
+        "0.1",
+        "--save_steps",
+        "1",
+        "--r",
+        "2",
+    ]
+    assert main(command) == 0
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert {
+        "accuracy_before",
+        "accuracy_after",
+        "think_rate_before",
+        "think_rate_after",
+        "seconds",
+        "seed",
+    } <= set(summary)
+    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [0, 1, 2] and lines(
+        out / "completions.jsonl"
+    )
+    state = json.loads((out / "checkpoint-2/state.json").read_text())["run"]
+    assert (
+        state["epsilon"] == 0.1
+        and state["epsilon_high"] == 4e-4
+        and state["importance_sampling_level"] == "sequence"
+    )
+    assert state["lora.r"] == 2 and "before" in capsys.readouterr().out
+    load_lora(AutoModelForCausalLM.from_pretrained(model_dir), out / "adapter")
+    assert main(command) == 2 and "holds another run" in capsys.readouterr().err
+    assert main([*command, "--resume", "--learning_rate", "1"]) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("error: resume: learning_rate was 0.0031, now 1.0")
+    )
+    assert main([*command, "--resume", "--max_steps", "3"]) == 0
+    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [0, 1, 2, 3]
+    goes_on = [*command[: command.index("--output_dir")], "--adapter", "out/adapter"]
+    assert main(goes_on) == 0  # in a new folder under runs/
+    assert len(list((tmp_path / "runs").glob("*/adapter"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--num_generations", "1"], "num_generations = 1"), (["--temperature", "0"], "temperature"),
+        (["--epsilon", "-0.1"], "epsilon = -0.1"), (["--rewards", "acuracy"], "did you mean 'accuracy'"),
+        (["--variant", "dappo"], "did you mean 'dapo'"), (["--learning_rte", "1"], "'learning_rate'"),
+        (["--use_vllm", "true"], "vLLM"), (["--top_p=0.9"], "untruncated"), (["--data", "none.jsonl"], "none.jsonl"),
+        (["--model", "no/such/model"], "no/such/model"), (["--resume"], "output_dir"), (["--eval_size", "40"], "40 rows"),
+        (["--rewards", "none.py:f"], "none.py"), (["--reward_weights", "1", "2"], "reward_weights"), (["stray"], "stray"),
+        (["--target_modules", "nope"], "nope"), (["--device", "cuda:77"], "device"), (["--max_completion_length", "60"], "data.jsonl:1"),
+        (["--delta", "2", "--variant", "cispo"], "delta"), (["--rewards", ""], "at least one"), (["--adapter", "nowhere"], "nowhere"),
+        (["--learning_rate", "nan"], "learning_rate"), (["--beta", "x"], "--beta: invalid float"), (["--use-vllm"], "vLLM"),
+        (["--loss_type", "gpro"], "grpo"), (["--r", "0"], "r = 0"), (["--lora_alpha", "nan"], "lora_alpha"), (["--adapter", "x", "--r", "64"], "--r"),
+        (["--target_modules", "*_proj"], "regular expression"), (["--rank_pattern", "[1]"], "rank_pattern"), (["--device", "meta"], "device"), (["--num_iterations", "3"], "multiple"),
+    ],
+)  # fmt: skip
+def test_bad_settings_get_one_line_and_exit_code_2(
+    change, words, model_dir, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--model", str(model_dir), "--data", str(data), *SMALL, *change]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and words in said
+    assert not (tmp_path / "runs").exists()  # and leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"prompt": "1"\n', ":1: "), (b'{"prompt": "1", "answer": "2"}\n\n[1]\n', ":3: "), (b"", "no rows"), (b"\n \n", "no rows"),
+        (b'{"prompt": "1", "answer": "2"}\n{"prompt": "1"}\n', ":2: reward accuracy_reward: missing a required"), (b'{"prompt": ""}', ":1: 'prompt'"),
+        (b'{"answer": "2"}', ":1: 'prompt'"), (b'{"prompt": [{"role": "user"}]}', ":1: 'prompt'"), (b"\xff\xfe{}", ":1: "),
+        (b'{"prompt": 7}', ":1: 'prompt'"), (b"[" * 100_000, ":1: "), (b'{"prompt": "' + b"1+" * 99 + b'", "answer": "1"}', ":1: the prompt has"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_refused_with_file_and_line(content, words, model_dir, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    assert (
+        main(
+            [
+                "--model",
+                str(model_dir),
+                "--data",
+                str(path),
+                "--output_dir",
+                str(tmp_path / "out"),
+                *SMALL,
+            ]
+        )
+        == 2
+    )
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{path}" in said and words in said and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_eos_is_refused(data, tmp_path, capsys):
+    model = tiny_model(eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = demo.demo_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert main(["--model", str(tmp_path / "model"), "--data", str(data), *SMALL]) == 2
+    assert "EOS" in capsys.readouterr().err
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0
+    for kind in (cli.RunConfig, LoRAConfig, GRPOConfig):
+        for f in dataclasses.fields(kind):
+            assert f"--{f.name}" in text and " ".join(f.metadata["help"].split())[:30] in text
+
+
+def test_a_failing_reward_ends_the_run_with_one_line_and_exit_code_1(
+    model_dir, data, tmp_path, capsys
+):
+    (tmp_path / "bad.py").write_text(
+        "def bad(completions, **columns):\n    raise RuntimeError('boom')\n"
+    )
+    command = [
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        "--rewards",
+        f"{tmp_path}/bad.py:bad",
+        *SMALL,
+    ]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 1
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1]
+        == "error: reward bad raised RuntimeError: boom"
+    )
+
+
+def test_settings_may_stand_in_a_file_which_each_run_leaves_behind(
+    model_dir, data, tmp_path, capsys
+):
+    common = tmp_path / "common.args"
+    common.write_text(f"--model '{model_dir}'\n--data '{data}' --seed 3 " + " ".join(SMALL))
+    assert (
+        main(
+            [
+                f"@{common}",
+                "--seed",
+                "4",
+                "--system_prompt",
+                "be 'brief'",
+                "--output_dir",
+                str(tmp_path / "a"),
+            ]
+        )
+        == 0
+    )
+    script, _, args = cli.parse([f"@{tmp_path}/a/settings.args"])
+    assert (script.model, args.seed, args.system_prompt) == (
+        str(model_dir),
+        4,
+        "be 'brief'",
+    )  # the later flag beats the file
+    assert main([f"@{tmp_path}/a/settings.args", "--output_dir", str(tmp_path / "b")]) == 0
+    same_files(tmp_path / "a", tmp_path / "b")
+    for bad in ("nowhere.args", "bad.args"):
+        (tmp_path / "bad.args").write_text("--model 'unclosed")
+        assert (
+            main([f"@{tmp_path}/{bad}"]) == 2
+            and f"{bad}: not a file of settings" in capsys.readouterr().err
+        )
+
+
+TUNING = "--prompts_per_step 4 --num_generations 4 --max_completion_length 6 --max_steps 30 --r 2".split()
+
+
+def test_no_file_beside_the_script_is_read_unasked(tmp_path):
+    (tmp_path / "grpo_lora.args").write_text("--seed 77")
+    with mock.patch.object(sys, "argv", [str(tmp_path / "grpo_lora.py")]):
+        assert cli.parse([])[2].seed == 0
+
+
+def tuning(model_dir, data, folder) -> list[str]:
+    (folder / "r.py").write_text("from test_training import digits")
+    return [
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        "--rewards",
+        f"{folder}/r.py:digits",
+        *TUNING,
+    ]
+
+
+def test_tuning_halves_runs_that_are_beginnings_of_whole_ones_and_can_be_resumed(
+    model_dir, data, tmp_path, capsys
+):
+    out = tmp_path / "tuning"
+    command = [*tuning(model_dir, data, tmp_path), "--seed", "5", "--learning_rate", "0.008"]
+    assert main([*command, "--tune", "--output_dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    folders = {p.name.removeprefix("learning_rate"): p for p in out.iterdir() if p.is_dir()}
+    assert sorted(map(float, folders)) == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064]
+    rewards = {
+        x: [row["reward"] for row in lines(folder / "metrics.jsonl")]
+        for x, folder in folders.items()
+    }
+    assert sorted(map(len, rewards.values())) == [3, 3, 3, 3, 6, 6, 12, 12]
+    assert "48 updates, where 8 whole runs take 240" in said
+    better = lambda among, a, b: sorted(
+        among, key=lambda x: (-sum(rewards[x][a:b]), abs(math.log2(float(x) / 0.008)))
+    )
+    four = better(rewards, 0, 3)[:4]
+    two = better(four, 3, 6)[:2]
+    gaps = [a - b for a, b in zip(*(rewards[x][6:12] for x in better(two, 6, 12)), strict=True)]
+    tied = sum(gaps) / 6 <= statistics.stdev(gaps) / 6**0.5  # then the lower rate
+    best = min(two, key=float) if tied else better(two, 6, 12)[0]
+    assert {x for x in rewards if len(rewards[x]) > 3} == set(four) and {
+        x for x in rewards if len(rewards[x]) > 6
+    } == set(two)
+    script, lora, args = cli.parse([f"@{out}/best.args"])
+    assert (
+        args.learning_rate == float(best)
+        and script.tune is None
+        and args.output_dir is None
+        and lora.r == 2
+    )
+    assert main([f"@{out}/best.args", "--output_dir", str(tmp_path / "whole")]) == 0
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
+    assert drop(lines(tmp_path / "whole/metrics.jsonl"))[:12] == drop(
+        lines(folders[best] / "metrics.jsonl")
+    )
+    # interrupted and resumed, it comes to the same
+    before = (out / "best.args").read_text()
+    shutil.rmtree(folders[best])
+    assert main([*command, "--tune", "--output_dir", str(out), "--resume"]) == 0
+    assert (out / "best.args").read_text() == before
+
+
+def test_tuning_a_rank_too(model_dir, data, tmp_path, capsys):
+    command = tuning(model_dir, data, tmp_path)
+    assert main([*command, "--tune", "learning_rate,r", "--output_dir", str(tmp_path / "out")]) == 0
+    _, lora, args = cli.parse([f"@{tmp_path}/out/best.args"])
+    folders = [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+    assert lora.r in (1, 2, 8) and len(folders) == 24 and "24 whole runs" in capsys.readouterr().out
+    assert (tmp_path / f"out/learning_rate{args.learning_rate:g}--r{lora.r}").is_dir()
+
+
+def test_tuning_drops_what_diverges_on_resuming_too(model_dir, data, tmp_path, capsys):
+    command = [
+        *tuning(model_dir, data, tmp_path),
+        "--beta",
+        "0.01",
+        "--learning_rate",
+        "1e20",
+        "--tune",
+        "--max_steps",
+        "60",
+    ]
+    for more in ([], ["--resume"]):
+        assert main([*command, "--output_dir", str(tmp_path / "out"), *more]) == 1
+        assert "every candidate has a mean reward of -inf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(["--max_steps", "29"], "at least 30"), (["--warmup_steps", "1"], "at least 40"), (["--learning_rate", "0"], "above 0"),
+     (["--tune", "learning_rate,r", "--adapter", "x"], "tune learning_rate alone"), (["--resume"], "needs output_dir"),
+     (["--output_dir", "."], "not empty"), (["--tune", "epsilon"], "invalid choice")],
+)  # fmt: skip
+def test_a_tuning_that_cannot_work_is_refused(
+    change, words, model_dir, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([*tuning(model_dir, data, tmp_path)[:-2], "--tune", *change]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_the_report_shows_hostile_text_as_text_and_runs_without_tokens(
+    tmp_path, capsys, monkeypatch
+):
+    shout = lambda completions, **columns: [float("1" in text) for text in completions]
+    t = run_trainer(reward=shout, rows=[{"prompt": "1</td><script>alert(1)</script>\u202e", "answer": "1"}] * 4, output_dir=str(tmp_path),
+                log_tokens_steps=1, max_steps=3, num_iterations=3, learning_rate=0.1)  # fmt: skip
+    t.train()
+    page = report.report(tmp_path)
+    assert (
+        "<script" not in page
+        and "\u202e" not in page
+        and "&lt;script&gt;" in page
+        and "http" not in page
+    )
+    assert (
+        page.count("<svg") >= 8 and page.count("<tr>") == 2 * (1 + 4) and 'class="clipped"' in page
+    )
+    with pytest.raises(ValueError, match="update 2: its tokens were not recorded; there are 3"):
+        report.report(tmp_path, chosen=[2])
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "nowhere")])
+    assert report.main() == 2 and "is its folder one of a run?" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    run_trainer(output_dir=str(bare)).train()
+    assert "did not record its tokens" in report.report(bare)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_update_saves_and_says_how_to_resume(
+    number, model_dir, data, tmp_path
+):
+    base = [
+        sys.executable,
+        grpo_lora.__file__,
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        *CLI_RUN,
+    ]
+    command = [*base, "--max_steps", "4000", "--output_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in out
+    last = lines(metrics)[-1]["step"]
+    assert (tmp_path / f"run/checkpoint-{last}/state.json").exists()
+
+
+def test_a_run_killed_at_twenty_random_moments_is_the_run_that_was_not(model_dir, data, tmp_path):
+    command = ["--model", str(model_dir), "--data", str(data), *CLI_RUN, "--max_steps", "30"]
+    kill = [sys.executable, "-c", KILLING, "20", str(tmp_path), *command]
+    out = subprocess.run(
+        kill, cwd=HERE, check=True, stdout=subprocess.PIPE, text=True, timeout=300
+    ).stdout
+    for i in range(int(out)):
+        same_files(tmp_path / "straight", tmp_path / f"killed-{i}")
+
+
+def test_model_text_cannot_steer_the_terminal():
+    assert printable("a\x1b[2Jb\rc\u202ed\ne") == "a\\x1b[2Jb\\rc\\u202ed\ne"
+
+
+def test_rewards_are_found_by_name_by_file_and_by_module(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Half:\n    value: float = 0.5\n"
+        "def my_reward(completions, **columns):\n    return [Half().value for _ in completions]\n"
+    )
+    assert cli.load_reward(f"{tmp_path}/mine.py:my_reward")(completions=["a"]) == [0.5]
+    assert sys.modules["mine"].Half().value == 0.5  # pickles and dataclasses look there
+    del sys.modules["mine"]
+    assert (
+        cli.load_reward("accuracy")
+        is cli.load_reward("accuracy_reward")
+        is cli.load_reward("rewards:accuracy_reward")
+    )
+    assert cli.load_reward("format") is rewards.REWARDS["format"]
+    for spec, words in [
+        ("acuracy", "accuracy"), (f"{tmp_path}/mine.py:other", "my_reward"), (f"{tmp_path}/none.py:f", "none.py"),
+        ("no.such.module:f", "no.such.module"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            cli.load_reward(spec)
+
+
+def test_demo_task_thinks_right_and_every_problem_is_distinct():
+    problems = demo.sum_problems()
+    assert len({p["prompt"][0]["content"] for p in problems}) == len(problems) == 1000
+    assert problems == demo.sum_problems() != demo.sum_problems(seed=1)
+    replies = [demo.sum_completion(p, think=True) for p in problems]
+    assert set(rewards.accuracy_reward(None, replies, [p["answer"] for p in problems])) == {1.0}
+    assert set(rewards.REWARDS["format"](None, replies)) == {1.0}
+    for a, b, total in re.findall(r"(\d+)\+(\d+)=(\d+)", " ".join(replies)):
+        assert int(a) + int(b) == int(total)

@@ -1,0 +1,241 @@
+"""Save a run and go on with it, to the bit.
+
+    GRPOTrainer(model, ..., callbacks=[Checkpoints(save_steps=50, resume=True)])
+
+A checkpoint is written whole or not at all: under another name first, with a hash of every file,
+and then renamed. A resumed run ends with the same bytes as one that never stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from grpo_lora import GRPOTrainer, Record, rank_and_world, to_json
+from lora import LoRAConfig, save_lora
+from runner.processes import say
+
+# settings that may differ when a run is resumed: they change its results by rounding at most
+MAY_CHANGE = {"output_dir", "max_steps", "eval_steps"}
+MAY_CHANGE |= {"per_device_train_batch_size", "gradient_checkpointing"}
+
+
+class ResumeError(ValueError):
+    """The run in output_dir cannot be resumed with these settings. The message names the one."""
+
+
+class Checkpoints(Record):
+    """A callback: records a run as grpo_lora.Record does, and saves its state.
+
+    save_steps: every so many updates, and at the end; 0: never. save_total_limit: how many to keep;
+    None: all. resume: go on from the newest intact checkpoint in output_dir, if there is one.
+    Stand it after callbacks that add to the metrics.
+    """
+
+    def __init__(
+        self, save_steps: int = 50, save_total_limit: int | None = 2, resume: bool = False
+    ) -> None:
+        self.save_steps, self.save_total_limit, self.resume = save_steps, save_total_limit, resume
+        self.identity: dict[str, Any] = {}
+
+    def begin(self, trainer: GRPOTrainer) -> None:
+        if self.identity:  # train was called a second time
+            return
+        check_output_dir(trainer.args.output_dir, self.resume)
+        self.identity = identity(trainer)
+        if self.resume:
+            load_newest(trainer, self.identity)
+            if trainer.rank == 0:
+                cut_back(Path(str(trainer.args.output_dir)), trainer.step)
+
+    def __call__(self, trainer: GRPOTrainer, metrics: dict[str, Any]) -> None:
+        super().__call__(trainer, metrics)
+        due = trainer.step >= trainer.end or trainer.due(self.save_steps)
+        if trainer.step and (trainer.stop or (self.save_steps and due)):
+            self.save(trainer)
+
+    def save(self, trainer: GRPOTrainer) -> None:
+        """Save now, unless the policy itself is not finite."""
+        if trainer.rank == 0 and all(bool(p.isfinite().all()) for p in trainer.params.values()):
+            root = Path(str(trainer.args.output_dir))
+            for name in ("metrics.jsonl", "completions.jsonl"):
+                fsync(root / name)
+            save_checkpoint(trainer, self.identity)
+            if self.save_total_limit:
+                mine = [p for p in checkpoints(root) if number(p) <= trainer.step]
+                for old in mine[self.save_total_limit :]:  # later ones are damaged: left alone
+                    shutil.rmtree(old)
+
+
+def check_output_dir(output_dir: str | None, resume: bool) -> None:
+    """Raises ValueError if a run cannot write there."""
+    if resume and not output_dir:
+        raise ValueError("resume: needs output_dir, the folder of the run to go on with")
+    if output_dir and not resume:
+        names = ("metrics.jsonl", "adapter", "summary.json")
+        held = [name for name in names if (Path(output_dir) / name).exists()]
+        held += [p.name for p in Path(output_dir).glob("checkpoint-*")]
+        if held:
+            what = f"{output_dir} holds another run ({held[0]})"
+            raise ValueError(f"output_dir: {what}; resume it or name a new one")
+
+
+def identity(trainer: GRPOTrainer) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the run that it resumes."""
+    settings = dataclasses.asdict(trainer.args)
+    same = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    lora = getattr(trainer.model, "lora_config", None)
+    if isinstance(lora, LoRAConfig):
+        same |= {f"lora.{name}": value for name, value in dataclasses.asdict(lora).items()}
+    data = hashlib.sha256()
+    for i in range(len(trainer.train_dataset)):
+        data.update(to_json(trainer.train_dataset[i]).encode())
+    frozen = ((n, p) for n, p in trainer.model.named_parameters() if not p.requires_grad)
+    same |= {"rewards": trainer.reward_names, "train data": data.hexdigest()}
+    same |= {"base model": fingerprint(frozen)}
+    shapes = {name: list(p.shape) for name, p in trainer.params.items()}
+    return json.loads(to_json(same | {"trainable parameters": shapes}))
+
+
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Tells base models apart, and their dtypes, by a sample of each tensor."""
+    digest = hashlib.sha256()
+    for name, p in parameters:
+        whole: Any = p.full_tensor() if hasattr(p, "full_tensor") else p  # FSDP spreads it
+        sample = whole.detach().flatten()[:: p.numel() // 32 + 1].tolist()
+        digest.update(f"{name} {p.dtype} {sample}".encode())
+    return digest.hexdigest()
+
+
+def machine() -> dict[str, Any]:
+    """What may change the results by rounding."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"transformers": transformers.__version__, "machine": platform.machine()}
+    return versions | {"threads": torch.get_num_threads(), "processes": rank_and_world()[1]}
+
+
+def save_checkpoint(trainer: GRPOTrainer, same: dict[str, Any]) -> Path:
+    """Write checkpoint-N, all or nothing.
+
+    Raises OSError, with the state of things, if it cannot be written (a full disk, say). Older
+    checkpoints are not touched.
+    """
+    root = Path(str(trainer.args.output_dir))
+    final, scratch = root / f"checkpoint-{trainer.step}", root / f".checkpoint-{trainer.step}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        save_lora(trainer.model, scratch / "adapter")
+        torch.save(trainer.state_dict(), scratch / "trainer.pt")
+        files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+        hashes = {path.relative_to(scratch).as_posix(): sha256(path) for path in files}
+        state = {"step": trainer.step, "run": same, "made_with": machine(), "files": hashes}
+        text = to_json(state)
+        text = to_json(state | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+        (scratch / "state.json").write_text(text, encoding="utf-8")
+        for path in [*scratch.rglob("*"), scratch]:
+            fsync(path)
+        if final.exists():  # a torn one of the same number, which --resume passed over
+            os.replace(final, root / f"torn-{final.name}-{time.time_ns()}")
+        os.replace(scratch, final)
+        fsync(root)
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        what = f"{final} could not be written: {error}"
+        raise OSError(f"{what}; earlier checkpoints are as they were") from error
+    return final
+
+
+def load_newest(trainer: GRPOTrainer, same: dict[str, Any]) -> None:
+    """Bring the trainer to the newest intact checkpoint of output_dir, if there is one.
+
+    Raises ResumeError, naming the setting, if the run to resume was another one.
+    """
+    for folder in checkpoints(Path(str(trainer.args.output_dir))):
+        state, damage = read_state(folder)
+        if damage:
+            say(f"resume: passing over {folder}: {damage}")
+            continue
+        for name in dict.fromkeys([*state["run"], *same]):
+            was, now = state["run"].get(name), same.get(name)
+            if was != now:
+                what = f"{name} was {was!r}, now {now!r}"
+                advice = "it must stay, or start a new run in another folder"
+                raise ResumeError(f"resume: {what:.300}; {advice}")
+        for name, value in machine().items():
+            if state["made_with"].get(name) != value:
+                was = f"{name} was {state['made_with'].get(name)}, now {value}"
+                say(f"resume: {was}: results may differ by rounding")
+        saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        trainer.load_state_dict(saved)
+        say(f"resume: going on from {folder}")
+        return
+    say(f"resume: no intact checkpoint in {trainer.args.output_dir}, starting at the beginning")
+
+
+def read_state(folder: Path) -> tuple[dict[str, Any], str]:
+    """A checkpoint's state.json, and what is wrong with the checkpoint; '' if nothing is."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        digest = state.pop("sha256")
+        if hashlib.sha256(to_json(state).encode()).hexdigest() != digest:
+            return {}, "state.json has changed"
+        for name, known in state["files"].items():
+            if sha256(folder / name) != known:
+                return {}, f"{name} has changed"
+        return state, ""
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        return {}, f"{type(error).__name__}: {error}"
+
+
+def cut_back(root: Path, step: int) -> None:
+    """Drop from a run's record what came after the checkpoint, a torn last line included. Nothing
+    is kept where the run starts over."""
+    for path in (root / "metrics.jsonl", root / "completions.jsonl"):
+        if path.exists():
+            lines = path.read_bytes().split(b"\n")
+            kept = [line for line in lines if step and 0 <= step_of(line) <= step]
+            scratch = path.with_suffix(".tmp")
+            scratch.write_bytes(b"".join(line + b"\n" for line in kept))
+            os.replace(scratch, path)
+
+
+def step_of(line: bytes) -> int:
+    """The update that a line of a record is about; -1 for a line that is none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Newest first."""
+    found = [p for p in root.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=number, reverse=True)
+
+
+def number(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,483 @@
+"""The command line: settings, the run, exit codes, and the table at its end.
+
+    python grpo_lora.py --help
+
+Exit status: 0 done, or stopped on request; 1 the run failed; 2 bad input.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import json
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from grpo_lora import (
+    VARIANTS,
+    GRPOConfig,
+    GRPOTrainer,
+    check_choice,
+    check_settings,
+    gather,
+    rank_and_world,
+)
+from lora import LoRAConfig, apply_lora, load_lora, setting
+from rewards import REWARDS, RewardError, accuracy_reward
+from runner import demo, fast
+from runner.checkpoints import Checkpoints, ResumeError, check_output_dir
+from runner.processes import (
+    InStep,
+    PeerError,
+    choose_device,
+    exit_process,
+    join_processes,
+    peers_answer,
+    say,
+    shard_base,
+)
+from runner.report import TokenTraces, printable, read_lines, write_report
+from runner.watch import EarlyWarnings, SkippedUpdates, memory_advice, with_time_limit
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+# fmt: off
+@dataclasses.dataclass
+class RunConfig:
+    """Settings of a run. Those of the algorithm are in GRPOConfig."""
+
+    model: str | None = setting(None, "Model folder or hub id. None: the built-in demo.")
+    data: str | None = setting(
+        None, "JSONL: a `prompt` (text, or chat messages) and any columns the rewards use.")
+    eval_data: str | None = setting(None, "JSONL of held-out problems.")
+    eval_size: int = setting(0, "Without eval_data: hold out so many of the last rows of data.")
+    rewards: str = setting(
+        "accuracy", "Comma-separated: names (see rewards.py), file.py:function, module:function.")
+    dtype: str = setting("float32", "Of the base weights; adapters are float32.",
+                         choices=("float32", "bfloat16", "float16"))
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one.")
+    adapter: str | None = setting(None, "Saved adapter to go on training. None: a new one.")
+    variant: str | None = setting(
+        None, f"A paper's settings, which flags then override: {', '.join(VARIANTS)}.")
+    tune: str | None = setting(None, "Instead of one run, find this by short ones.",
+                               choices=("learning_rate", "learning_rate,r"))
+    resume: bool = setting(False, "Go on from the newest intact checkpoint in output_dir.")
+    save_steps: int = setting(
+        50, "Checkpoint every so many updates, and at the end. 0: never.", at_least=0)
+    save_total_limit: int | None = setting(2, "Checkpoints to keep. None: all.", above=0)
+    num_completions_to_log: int = setting(
+        8, "Rows of each batch that go into completions.jsonl.", at_least=0)
+    log_tokens_steps: int | None = setting(
+        None, "Every so many updates, record what they did to each token of these rows.", above=0)
+    reward_timeout: float = setting(
+        600.0, "Seconds that a reward function may take for a batch.", above=0)
+    ddp_timeout: float = setting(
+        1800.0, "Seconds that one process waits for the others (torchrun).", above=0)
+    fsdp: bool = setting(False, "Spread the frozen weights over the processes (FSDP2).")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+CONCERNS = {  # how --help groups the settings; what is not named here is the last group's
+    "the usual": [
+        "model", "data", "eval_size", "rewards", "output_dir", "resume", "max_steps", "seed",
+        "prompts_per_step", "num_generations", "max_completion_length", "learning_rate", "variant",
+        "tune",
+    ],
+    "data and model": ["eval_data", "system_prompt", "dtype", "device"],
+    "adapter": ["adapter", *(f.name for f in dataclasses.fields(LoRAConfig))],
+    "objective": [
+        "loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta",
+        "sapo_temperature_pos", "sapo_temperature_neg", "scale_rewards", "reward_weights",
+        "multi_objective_aggregation", "beta", "kl_estimator", "use_bias_correction_kl",
+        "top_entropy_quantile", "mask_truncated_completions", "temperature",
+    ],
+    "optimiser": [
+        "num_iterations", "lora_plus_ratio", "modules_to_save_learning_rate", "lr_scheduler_type",
+        "warmup_steps", "weight_decay", "max_grad_norm", "per_device_train_batch_size",
+        "gradient_checkpointing",
+    ],
+    "run": [],
+}  # fmt: skip
+LEFT_OUT = {  # settings of TRL's that we lack, and what to do
+    "use_vllm": "sampling is built in; serve the saved adapter with vLLM",
+    "entropy_coef": "there is no entropy bonus; top_entropy_quantile and epsilon_high keep it up",
+    "off_policy_mask_threshold": "there is no off-policy mask; lower num_iterations",
+    "router_aux_loss_coef": "there is no router loss; routers stay frozen",
+    "top_p": "sampling is untruncated, so that what is sampled is what is trained",
+    "top_k": "sampling is untruncated, so that what is sampled is what is trained",
+    "min_p": "sampling is untruncated, so that what is sampled is what is trained",
+    "repetition_penalty": "use the reward repetition_penalty, which changes the policy itself",
+    "gradient_accumulation_steps": "the batch is prompts_per_step; "
+    "per_device_train_batch_size splits it exactly",
+    "steps_per_generation": "each batch of completions is used num_iterations times",
+    "trust_remote_code": "code from model repositories is never run",
+}
+
+
+class Parser(HfArgumentParser):
+    """Raises ValueError where argparse would print pages of usage. Reads @FILE with shlex."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+    def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
+        # argparse would cut a file into lines, and so a quoted value of several lines
+        words: list[str] = []
+        for word in arg_strings:
+            if not word.startswith("@"):
+                words.append(word)
+                continue
+            try:
+                text = Path(word[1:]).read_text(encoding="utf-8", errors="surrogateescape")
+                words += self._read_args_from_files(shlex.split(text))
+            except RecursionError:
+                raise ValueError(f"{word}: not a file of settings: it names itself") from None
+            except (OSError, ValueError) as error:
+                if "not a file of settings" in str(error):
+                    raise
+                hint = f"a value that begins with @ is written --setting={word}"
+                raise ValueError(f"{word}: not a file of settings: {error}; {hint}") from None
+        return words
+
+
+def make_parser() -> Parser:
+    """A parser of all settings, grouped by concern."""
+    fields = {}  # name -> its type and field
+    for kind in (RunConfig, LoRAConfig, GRPOConfig):
+        hints = get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            fields[f.name] = hints[f.name], f
+    fields["init_lora_weights"] = str, fields["init_lora_weights"][1]  # a switch could only fail
+    named = {name for names in CONCERNS.values() for name in names}
+    groups: Any = []
+    for concern, names in CONCERNS.items():
+        members = []
+        for name in names or [name for name in fields if name not in named]:
+            hint, f = fields[name]
+            about = {k: v for k, v in f.metadata.items() if k in ("help", "choices")}
+            if "choices" in about:
+                about["choices"] = list(about["choices"])
+            options: dict[str, Any] = {"metadata": about}
+            given = f.default_factory is not dataclasses.MISSING
+            options |= {"default_factory": f.default_factory} if given else {"default": f.default}
+            members.append((name, hint, dataclasses.field(**options)))
+        group = dataclasses.make_dataclass(concern.replace(" ", "_"), members)
+        group._argument_group_name = concern  # type: ignore[attr-defined]
+        groups.append(group)
+    parser = Parser(
+        groups,
+        allow_abbrev=False,
+        fromfile_prefix_chars="@",
+        usage="grpo_lora.py [@FILE_OF_SETTINGS] [--model MODEL --data FILE] [--SETTING VALUE ...]",
+        description="GRPO with LoRA. Without --model: a demo.",
+    )
+    for action in parser._actions:
+        if action.dest in ("rank_pattern", "alpha_pattern"):
+            action.type = json.loads
+        elif action.dest == "tune":
+            action.nargs, action.const = "?", "learning_rate"
+        elif action.dest == "init_lora_weights":
+            action.type = lambda text: text.lower() == "true" or text
+        elif action.dest == "target_modules":
+            action.nargs, action.type = None, parse_target_modules
+    parser.set_defaults(target_modules="all-linear", r=16, lora_alpha=32.0)
+    return parser
+
+
+def parse_target_modules(text: str) -> str | list[str]:
+    """q_proj,v_proj are names; anything else is a shorthand or a regular expression."""
+    return text.split(",") if text.replace(",", "").isidentifier() else text
+
+
+def parse(argv: Sequence[str]) -> tuple[RunConfig, LoRAConfig, GRPOConfig]:
+    """Command line -> settings. A flag beats the variant, which beats the demo and the defaults."""
+    parser, argv = make_parser(), list(argv)
+    first, unknown = parser.parse_known_args(argv)
+    for flag in (word[2:].partition("=")[0] for word in unknown if word.startswith("--")):
+        flag = flag.replace("-", "_")
+        if flag in LEFT_OUT:
+            raise ValueError(f"--{flag} is left out here: {LEFT_OUT[flag]}")
+        check_choice(flag, sorted(action.dest for action in parser._actions), "command line")
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not expected here (--help shows all settings)")
+    if first.model is None:
+        if first.data:
+            raise ValueError("--data needs --model, a model folder or hub id")
+        if first.eval_data or first.eval_size:
+            needs = "need --model and --data: the demo has its own problems"
+            raise ValueError(f"--eval_data and --eval_size {needs}")
+        parser.set_defaults(**demo.SETTINGS)
+    elif not first.data:
+        raise ValueError("--model needs --data, a JSONL file with a `prompt` in each line")
+    if first.variant:
+        check_choice(first.variant, VARIANTS, "--variant")
+        parser.set_defaults(**VARIANTS[first.variant].settings)
+    values = vars(parser.parse_args(argv))
+    pick = lambda kind: kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
+    run, lora, args = pick(RunConfig), pick(LoRAConfig), pick(GRPOConfig)
+    own = LoRAConfig(r=parser.get_default("r"), lora_alpha=parser.get_default("lora_alpha"))
+    if run.adapter and lora != own:
+        names = (f.name for f in dataclasses.fields(own))
+        changed = next(name for name in names if getattr(own, name) != getattr(lora, name))
+        raise ValueError(f"--{changed}: has no effect with --adapter, whose own file says it")
+    return run, lora, args
+
+
+def write_settings(path: Path, *settings: Any, **changed: Any) -> Path:
+    """A file that makes the run again: python grpo_lora.py @FILE. One setting a line, resolved."""
+    lines = []
+    values = {f.name: getattr(s, f.name) for s in settings for f in dataclasses.fields(s)}
+    for name, value in (values | changed).items():
+        if value is None or name in ("output_dir", "resume", "tune", "variant"):
+            continue
+        if name == "target_modules" and not isinstance(value, str):
+            value = ",".join(value)
+        words = map(str, value) if isinstance(value, list) else [value]
+        words = [json.dumps(value)] if isinstance(value, dict) else map(str, words)
+        lines.append(shlex.join([f"--{name}", *words]) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(lines)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")  # names may be any bytes
+    return path
+
+
+# ------------------------------------------------------------------------------------ what to train
+
+
+class Row(dict[str, Any]):
+    """A row of data that knows its file and line, for error messages."""
+
+    origin: str
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """The rows of a JSONL file. Raises ValueError with file, line and reason."""
+    rows: list[Row] = []
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    if not isinstance(value, dict):
+                        kind = type(value).__name__
+                        raise ValueError(f"is a {kind}, must be an object with a 'prompt'")
+                    rows.append(Row(value))
+                    rows[-1].origin = f"{path}:{number}"
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{number}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: holds no rows; each line must be an object with a 'prompt'")
+    return rows
+
+
+def read_datasets(run: RunConfig) -> tuple[list[Any], list[Any] | None]:
+    """The rows to train on, and those held out."""
+    if run.model is None:
+        problems = demo.sum_problems()
+        return problems[: -demo.HELD_OUT], problems[-demo.HELD_OUT :]
+    train = read_jsonl(str(run.data))
+    if run.eval_data:
+        return train, read_jsonl(run.eval_data)
+    if not run.eval_size:
+        return train, None
+    if not 0 < run.eval_size < len(train):
+        have = f"{run.data} has {len(train)} rows; some must be left to train on"
+        raise ValueError(f"--eval_size {run.eval_size}: {have}")
+    return train[: -run.eval_size], train[-run.eval_size :]
+
+
+def load_reward(spec: str) -> Callable[..., Any]:
+    """A reward by name (see rewards.REWARDS), or as `file.py:function` or `module:function`.
+
+    Raises ValueError, with the nearest name there is, if it cannot be found. This imports, and so
+    runs, the file named.
+    """
+    source, colon, function = spec.strip().rpartition(":")
+    if not colon:
+        name = function if function in REWARDS else function.removesuffix("_reward")
+        check_choice(name, REWARDS, "rewards")
+        return REWARDS[name]
+    try:
+        if source.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(source).stem, source)
+            assert found is not None and found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            sys.modules.setdefault(found.name, module)  # where dataclasses and pickles look for it
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+    except Exception as error:
+        problem = f"{source} cannot be imported: {type(error).__name__}: {error}"
+        raise ValueError(f"rewards: {problem}") from error
+    if not callable(getattr(module, function, None)):
+        own = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        there = ", ".join(own) or "none"
+        raise ValueError(f"rewards: {source} has no function {function!r}; it has {there}")
+    return getattr(module, function)
+
+
+def prepare(run: RunConfig, lora: LoRAConfig, args: GRPOConfig) -> GRPOTrainer:
+    """Everything up to the first update. Raises ValueError for bad input, as early as it shows."""
+    join_processes(run.ddp_timeout)
+    specs = [spec for spec in run.rewards.split(",") if spec.strip()]
+    funcs = [with_time_limit(load_reward(spec), run.reward_timeout) for spec in specs]
+    check_output_dir(args.output_dir, run.resume)
+    device = choose_device(run.device, run.fsdp)
+    train, held_out = read_datasets(run)
+    folder = run.model or str(Path("runs") / "demo-base-model")
+    if run.model is None:
+        if rank_and_world()[0] == 0 and not Path(folder).exists():
+            demo.make_demo_model(Path(folder))
+        gather("the model is there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype))
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"--model {folder}: {type(error).__name__}: {error}") from None
+    transformers.set_seed(args.seed)
+    if not run.fsdp:  # which spreads it before it moves it
+        model.to(device)
+    model = load_lora(model, run.adapter) if run.adapter else apply_lora(model, lora)
+    if run.fsdp:
+        shard_base(model)
+    engine = InStep(fast) if run.fsdp else fast
+    trainer = GRPOTrainer(
+        model, funcs, args, train, held_out, tokenizer, callbacks=make_callbacks(run), engine=engine
+    )
+    if args.output_dir is None:
+        name = "demo" if run.model is None else Path(run.model).name
+        new = new_run_folder(name) if trainer.rank == 0 else None
+        trainer.args.output_dir = gather(new)[0]
+    return trainer
+
+
+def make_callbacks(run: RunConfig) -> list[Callable[[GRPOTrainer, dict[str, Any]], None]]:
+    """What is done after each update, in order."""
+    checkpoints = Checkpoints(run.save_steps, run.save_total_limit, run.resume)
+    checkpoints.shown = run.num_completions_to_log
+    traces = TokenTraces(run.log_tokens_steps, run.num_completions_to_log)
+    skipped = SkippedUpdates(save=checkpoints.save)
+    return [EarlyWarnings(), traces, grade_evaluation, checkpoints, skipped]
+
+
+def new_run_folder(name: str) -> str:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+        path = Path("runs") / f"{name}-{stamp}{suffix}"
+        try:
+            path.mkdir(parents=True)
+            return str(path)
+        except FileExistsError:
+            continue
+    raise OSError("runs/: no free folder name")
+
+
+def grade_evaluation(trainer: GRPOTrainer, metrics: dict[str, Any]) -> None:
+    """A callback: adds the accuracy of an evaluation, where every row has an answer, and the share
+    of its completions with a <think> tag."""
+    if not trainer.eval_samples or trainer.eval_dataset is None:
+        return
+    texts = [sample["completion"] for sample in trainer.eval_samples]
+    rows = [trainer.eval_dataset[i] for i in range(len(texts))]
+    metrics["eval_think_rate"] = sum("<think>" in text for text in texts) / len(texts)
+    graded = accuracy_reward(None, texts, [row.get("answer", row.get("solution")) for row in rows])
+    if None not in graded:
+        metrics["eval_accuracy"] = sum(map(float, graded)) / len(graded)  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def print_table(folder: Path, seed: int, seconds: float) -> None:
+    """The table at the end of a run, from its files; and summary.json."""
+    rows, samples = (read_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
+    updates = rows[-1]["step"] if rows else 0
+    summary: dict[str, Any] = {"seed": seed, "seconds": round(seconds, 1), "updates": updates}
+    evaluated = [row for row in rows if "eval_reward" in row]
+    shown = [sample for sample in samples if sample.get("split") == "eval"]
+    if len(evaluated) > 1:
+        print(f"\n{'on held-out problems':<22}    before     after")
+        names = {"accuracy": ".1%", "think_rate": ".1%", "reward": ".3f"}
+        for name, form in (names | {"completions/mean_length": ".1f"}).items():
+            before, after = (evaluated[i].get(f"eval_{name}") for i in (0, -1))
+            if before is not None and after is not None:
+                name = name.rpartition("/")[2]
+                summary |= {f"{name}_before": before, f"{name}_after": after}
+                print(f"{name:<22} {format(before, form):>9} {format(after, form):>9}")
+    if len(evaluated) > 1 and shown:
+        prompt = shown[0]["prompt"]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        last = next(sample for sample in shown if sample["step"] == shown[-1]["step"])
+        print(f"\nprompt   {printable(text)[:500]}")
+        print(f"before   {printable(shown[0]['completion'])[:500]}")
+        print(f"after    {printable(last['completion'])[:500]}")
+    text = json.dumps(summary, indent=2) + "\n"
+    (folder / "summary.json").write_text(text, encoding="utf-8")
+    print(f"\n{updates} updates in {seconds:.0f} s; adapter, metrics and report.html: {folder}/")
+
+
+def refuse(error: Exception | str, status: int) -> int:
+    """One line, whatever the message was made from. Returns the exit status."""
+    sys.stdout.flush()
+    print("error:", " ".join(printable(str(error)).split())[:1000], file=sys.stderr)
+    return exit_process(status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    started = time.perf_counter()
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        run, lora, args = parse(sys.argv[1:] if argv is None else argv)
+        with memory_advice(), peers_answer():
+            if run.tune:
+                from runner.tune import tune
+
+                tune(run, lora, args)
+                return exit_process(0)
+            trainer = prepare(run, lora, args)
+    except (ValueError, OSError) as error:
+        return refuse(error, 2)
+    except (RewardError, PeerError, MemoryError, FloatingPointError, KeyboardInterrupt) as error:
+        return refuse(str(error) or "interrupted", 1)
+
+    def stop(signum: int, frame: Any) -> None:
+        trainer.stop = True
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends at once
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, stop)
+    folder = Path(str(trainer.args.output_dir))
+    say(f"writing to {folder}/")
+    try:
+        if trainer.rank == 0 and not (run.resume and (folder / "settings.args").exists()):
+            write_settings(folder / "settings.args", run, lora, trainer.args)
+        with memory_advice(), peers_answer():
+            trainer.train()
+        if trainer.rank == 0:
+            if trainer.stop and trainer.step < trainer.args.max_steps:
+                go_on = f"the same command and --output_dir {folder} --resume"
+                print(f"stopped after update {trainer.step}; go on with {go_on}")
+            else:
+                print_table(folder, trainer.args.seed, time.perf_counter() - started)
+            write_report(folder, trainer.args)
+    except (RewardError, ResumeError, FloatingPointError, MemoryError, PeerError, OSError) as error:
+        return refuse(error, 2 if isinstance(error, ResumeError) else 1)
+    return exit_process(0)
