@@ -256,21 +256,15 @@ def cosine_reward(
 
     None without a gold answer. max_len None: the run's max_completion_length, or 1000.
     """
-    max_len = max_len or getattr(trainer_state, "max_completion_length", 1000)
+    longest: Any = max_len or getattr(trainer_state, "max_completion_length", 1000)
     scores: Rewards = []
     lengths = _lengths(completions, completion_ids)
     for correct, length in zip(accuracy_reward(prompts, completions, answer), lengths, strict=True):
-        short, long = (
-            (max_value_correct, min_value_correct)
-            if correct
-            else (min_value_wrong, max_value_wrong)
-        )
-        progress = min(1.0, length / max_len)
-        scores.append(
-            None
-            if correct is None
-            else long + 0.5 * (short - long) * (1 + math.cos(math.pi * progress))
-        )
+        right, wrong = (max_value_correct, min_value_correct), (min_value_wrong, max_value_wrong)
+        short, long = right if correct else wrong
+        progress = min(1.0, length / longest)
+        score = long + 0.5 * (short - long) * (1 + math.cos(math.pi * progress))
+        scores.append(None if correct is None else score)
     return scores
 
 
@@ -295,7 +289,7 @@ def soft_overlong_penalty(
     L is max_completion_len (None: the run's max_completion_length, or 16384), C is
     soft_punish_cache (None: a quarter of L).
     """
-    limit = max_completion_len or getattr(trainer_state, "max_completion_length", 16384)
+    limit: Any = max_completion_len or getattr(trainer_state, "max_completion_length", 16384)
     cache = max(1, limit // 4) if soft_punish_cache is None else soft_punish_cache
     scores: Rewards = []
     for length in _lengths(completions, completion_ids):
