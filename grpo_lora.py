@@ -9,7 +9,7 @@ and makes each more or less likely by how it compares with its group. There is n
 With LoRA (lora.py) the reference policy is the model with its adapter off: no second model either.
 
 In order: the objective, the settings, the trainer (its `update` is the algorithm), the rollout, the
-log-probabilities. Who stops there has read GRPO. The model as two parts, data and processes follow.
+log-probabilities. If you stop there you have read GRPO. The model as two parts, data, processes.
 
 P prompts, G completions of each, B = P·G rows; the rows of a prompt are adjacent. L prompt tokens,
 T completion tokens, V words in the vocabulary, H the model's width, K reward functions.
@@ -68,8 +68,8 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
     rewards: (P, G), NaN where there is none. Returns (P, G). scale: "group" (GRPO, the std of each
     group), "batch" (the std of all rewards) or "none" (R - mean_g, Dr. GRPO). Every std has ddof 1.
     A row without a reward leaves the statistics and gets 0. A group whose rewards are all equal, or
-    that has only one, gets exactly 0. Raises ValueError for other shapes and scales. A group with
-    std s has std(A) = s/(s + eps). (Shao et al. 2024, section 4.1.2)
+    that has only one, gets exactly 0. Raises ValueError for other shapes and scales.
+    (Shao et al. 2024, section 4.1.2)
 
     >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
     >>> group_advantages(rewards, scale="none")
@@ -173,7 +173,7 @@ def grpo_loss(
     sapo_temperature_neg: float = 1.05, policy_mask: Tensor | None = None,
     max_completion_length: int | None = None, normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """The GRPO family: one loss, four choices. (The fourth, the scale of A, is group_advantages'.)
+    """The GRPO family: one loss, three choices. (A fourth, the scale of A, is in group_advantages.)
 
     A: the row's advantage. ε is epsilon, ε₊ epsilon_high (None: ε), δ delta (None: no bound).
     sg(x): x without its gradient. σ: the sigmoid. N: the number of tokens in the mask.
@@ -430,13 +430,12 @@ class GRPOTrainer:
     # ---- the algorithm
 
     def update(self, rows: Rows) -> dict[str, Any]:
-        """GRPO, in full: one batch of prompts, and the optimiser updates made with it."""
+        """GRPO, in full: one batch of prompts, and the optimiser updates made with it. (`params`
+        require gradients, `scale` and `objective` are settings, a MicroBatch is whole groups.)"""
         args, means = self.args, WeightedMeans()
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
         rewards, samples = self.score(rows, rollout)  # (P, G, K), of all processes
-        advantages = multi_objective_advantages(
-            rewards, self.reward_weights, **self.scale
-        )  # (P, G)
+        advantages = multi_objective_advantages(rewards, self.reward_weights, **self.scale)
         if args.mask_truncated_completions:
             rollout.completion_mask &= self.ended(rollout).unsqueeze(1)
         mask = rollout.completion_mask  # (B, T)
@@ -445,7 +444,7 @@ class GRPOTrainer:
         micro_batches = self.micro_batches(rollout, advantages)
 
         for _ in range(args.num_iterations):
-            for parameter in self.params.values():  # 0 and not None, also if no group has an A
+            for parameter in self.params.values():  # zeros, not None: a batch may have no advantage
                 parameter.grad = torch.zeros_like(parameter)
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
@@ -453,7 +452,7 @@ class GRPOTrainer:
             for batch in micro_batches:
                 with evaluating(self.model, adapter_dropout=True):
                     logps, entropies = self.logps(batch.rollout)  # (b, T), (b, T)
-                # with one update a batch, the policy is the one that sampled: ρ is exactly 1
+                # a batch that is used once: the policy that sampled has not moved, so ρ is 1
                 old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
                 loss, stats = grpo_loss(
                     logps, old_logps, batch.advantages, batch.rollout.completion_mask,
@@ -485,7 +484,7 @@ class GRPOTrainer:
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(self.device)  # (P, L)
         before = (self.rank * len(rows) * num_generations, args.max_completion_length)
-        torch.rand(*before, generator=self.generator, dtype=torch.float64)  # other processes' draws
+        torch.rand(*before, generator=self.generator, dtype=torch.float64)  # are of lower ranks
         with lora_merged(self.model) if self.merges else contextlib.nullcontext():
             return self.engine.generate(
                 self.model, ids.masked_fill(ids < 0, self.pad_token_id), ids >= 0,
@@ -793,7 +792,7 @@ class MicroBatch:
     prompts: list[int]  # which of the whole rollout's
     rollout: "Rollout"
     advantages: Tensor  # (b,)
-    old_logps: Tensor | None = None  # (b, T), like the rest. None: the policy before its update
+    old_logps: Tensor | None = None  # (b, T), like the rest. None: the present ones serve
     ref_logps: Tensor | None = None
     policy_mask: Tensor | None = None
 

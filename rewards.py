@@ -124,9 +124,8 @@ def canonical_answer(answer: Any) -> Fraction | str:
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
     """
-    text = "".join(
-        c for c in str(answer) if unicodedata.category(c) != "Cf"
-    )  # direction marks, zero-width joiners
+    visible = lambda c: unicodedata.category(c) != "Cf"  # no direction marks, no joiners
+    text = "".join(filter(visible, str(answer)))
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.strip().rstrip(".,;:! \t\n")
@@ -145,13 +144,10 @@ def _value(match: re.Match[str]) -> Fraction | None:
         denominator = Fraction(part["d"] or part["fd"] or part["sd"])
         if denominator == 0 or (part["whole"] and part["fs"]):
             return None
-        value = (
-            Fraction(part["whole"] or 0)
-            + Fraction(part["n"] or part["fn"] or part["sn"]) / denominator
-        )
-    if [part["sign"] + part["dsign"], part["fs"]].count(
-        "-"
-    ) == 1:  # outside the fraction, or inside its numerator
+        fraction = Fraction(part["n"] or part["fn"] or part["sn"]) / denominator
+        value = Fraction(part["whole"] or 0) + fraction
+    # a minus stands before the fraction or in its numerator; two of them cancel
+    if [part["sign"] + part["dsign"], part["fs"]].count("-") == 1:
         value = -value
     return value / 100 if part["percent"] or part["fpercent"] else value
 
