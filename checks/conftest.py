@@ -7,7 +7,7 @@ import pytest
 
 from test_training import ROWS, TOKENIZER, tiny_model
 
-# ---------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def run_trainer(model=None, reward=digits, rows=ROWS, eval_rows=None, **args: An
     )
 
 
-# ---------------------------------------------------------------------------------------------- a run's files, resuming
+# -------------------------------------------------------------------------- a run's files, resuming
 
 
 def lines(path: Path) -> list[dict]:
@@ -48,7 +48,8 @@ def lines(path: Path) -> list[dict]:
 
 
 def run(folder: Path, stop_at: int | None = None, **args) -> GRPOTrainer:
-    """A small run with files: six updates, a checkpoint every second one. stop_at: ask it to stop during that update."""
+    """A small run with files: six updates, a checkpoint every second one. stop_at: the update that
+    is asked to be the last."""
     defaults = {
         "output_dir": str(folder),
         "max_steps": 6,

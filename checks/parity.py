@@ -10,16 +10,22 @@ from transformers import AutoModelForCausalLM
 
 from lora import LoRAConfig, apply_lora
 
-# ---------------------------------------------------------------- parity with the field's libraries
-#
-# The same numbers as TRL 1.16 (objective, advantages, training) and PEFT 0.21 (layers, files). Every reference value comes
-# from the library's own code. Skipped where they are not installed: pip install -r benchmarks/requirements.txt
+# Every reference value comes from the library's own code. The tests are skipped where TRL and PEFT
+# are not installed: pip install -r benchmarks/requirements.txt
 
 PARITY = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": False, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 
 
 def parity_model(family="llama", seed=0, **settings):
@@ -50,7 +56,7 @@ def adapter_of(peft_model):
 
 @torch.no_grad()
 def randomise(ours, theirs=None):
-    """Move everything that is trained away from its initial value, in ours and in PEFT's model alike."""
+    """Move all that is trained away from its initial value, in ours and in PEFT's model alike."""
     torch.manual_seed(1)
     other = adapter_of(theirs) if theirs else {}
     for name, p in ours.named_parameters():

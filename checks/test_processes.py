@@ -188,11 +188,9 @@ def parallel_silence(folder: Path) -> str:
         time.sleep(8) if dist.get_rank() == 1 and t.step == 2 else original(rows)
     )
     started = time.monotonic()
-    with pytest.raises(
-        (processes.PeerError, TypeError)
-    ) as error:  # TypeError: the sleeper itself, which returns None
-        with processes.peers_answer():
-            t.train()
+    expected = (processes.PeerError, TypeError)  # TypeError: the sleeper itself, which returns None
+    with pytest.raises(expected) as error, processes.peers_answer():
+        t.train()
     assert dist.get_rank() == 1 or time.monotonic() - started < 7
     return str(error.value)
 

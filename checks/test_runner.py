@@ -1,10 +1,12 @@
 """The runner: files, resuming, warnings, faults, the command line, tuning, the report."""
 
+import ast
 import asyncio
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import resource
@@ -43,7 +45,7 @@ from runner.report import printable
 from test_training import ROWS, TOKENIZER, VOCAB, adapters_of, one_by_one, tiny_model, with_adapters
 
 
-def test_an_update_that_is_not_finite_is_skipped_counted_and_the_third_in_a_row_ends_the_run_with_its_state_saved(
+def test_updates_that_are_not_finite_are_skipped_and_counted_and_three_in_a_row_end_the_run_saved(
     tmp_path,
 ):
     bad = {1, 3, 4, 5}  # by number of the update, from 0
@@ -195,7 +197,7 @@ def test_a_reward_with_a_time_limit_may_set_alarms_of_its_own_and_keeps_its_colu
     limited = watch.with_time_limit(alarmed, 60)
     assert rewards.call_reward(limited, 1, {"completions": [""], "answer": ["1"]}) == [1.0]
     assert seen == ["alarm"] and limited.__name__ == "alarmed"
-    with pytest.raises(ValueError, match="reward alarmed: missing a required.*'answer'"):
+    with pytest.raises(ValueError, match=r"reward alarmed: missing a required.*'answer'"):
         run_trainer(reward=limited, rows=[{"prompt": "1"}])
 
 
@@ -336,8 +338,9 @@ def test_warnings_stay_silent_on_a_healthy_run_and_each_is_in_the_table():
     }
     assert warned(first_is_even, model=model, **healthy) == set()
     assert {sign.metric for sign in watch.SIGNS} == {
-        "frac_reward_zero_std", "reward", "kl", "entropy/first", "completions/clipped_ratio", "clip_ratio/region_mean",
-        "grad_norm", "grad_norm/usual", "skipped_updates", "adapters at zero", GAP,
+        "frac_reward_zero_std", "reward", "kl", "entropy/first", "completions/clipped_ratio",
+        "clip_ratio/region_mean", "grad_norm", "grad_norm/usual", "skipped_updates",
+        "adapters at zero", GAP,
     }  # fmt: skip
 
 
@@ -545,17 +548,25 @@ def test_the_command_line_trains_resumes_and_writes_what_it_says(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--num_generations", "1"], "num_generations = 1"), (["--temperature", "0"], "temperature"),
-        (["--epsilon", "-0.1"], "epsilon = -0.1"), (["--rewards", "acuracy"], "did you mean 'accuracy'"),
-        (["--variant", "dappo"], "did you mean 'dapo'"), (["--learning_rte", "1"], "'learning_rate'"),
-        (["--use_vllm", "true"], "vLLM"), (["--top_p=0.9"], "untruncated"), (["--data", "none.jsonl"], "none.jsonl"),
-        (["--model", "no/such/model"], "no/such/model"), (["--resume"], "output_dir"), (["--eval_size", "40"], "40 rows"),
-        (["--rewards", "none.py:f"], "none.py"), (["--reward_weights", "1", "2"], "reward_weights"), (["stray"], "stray"),
-        (["--target_modules", "nope"], "nope"), (["--device", "cuda:77"], "device"), (["--max_completion_length", "60"], "data.jsonl:1"),
-        (["--delta", "2", "--variant", "cispo"], "delta"), (["--rewards", ""], "at least one"), (["--adapter", "nowhere"], "nowhere"),
-        (["--learning_rate", "nan"], "learning_rate"), (["--beta", "x"], "--beta: invalid float"), (["--use-vllm"], "vLLM"),
-        (["--loss_type", "gpro"], "grpo"), (["--r", "0"], "r = 0"), (["--lora_alpha", "nan"], "lora_alpha"), (["--adapter", "x", "--r", "64"], "--r"),
-        (["--target_modules", "*_proj"], "regular expression"), (["--rank_pattern", "[1]"], "rank_pattern"), (["--device", "meta"], "device"), (["--num_iterations", "3"], "multiple"),
+        (["--num_generations", "1"], "num_generations = 1"),
+        (["--temperature", "0"], "temperature"), (["--epsilon", "-0.1"], "epsilon = -0.1"),
+        (["--rewards", "acuracy"], "did you mean 'accuracy'"),
+        (["--variant", "dappo"], "did you mean 'dapo'"),
+        (["--learning_rte", "1"], "'learning_rate'"), (["--use_vllm", "true"], "vLLM"),
+        (["--top_p=0.9"], "untruncated"), (["--data", "none.jsonl"], "none.jsonl"),
+        (["--model", "no/such/model"], "no/such/model"), (["--resume"], "output_dir"),
+        (["--eval_size", "40"], "40 rows"), (["--rewards", "none.py:f"], "none.py"),
+        (["--reward_weights", "1", "2"], "reward_weights"), (["stray"], "stray"),
+        (["--target_modules", "nope"], "nope"), (["--device", "cuda:77"], "device"),
+        (["--max_completion_length", "60"], "data.jsonl:1"),
+        (["--delta", "2", "--variant", "cispo"], "delta"), (["--rewards", ""], "at least one"),
+        (["--adapter", "nowhere"], "nowhere"), (["--learning_rate", "nan"], "learning_rate"),
+        (["--beta", "x"], "--beta: invalid float"), (["--use-vllm"], "vLLM"),
+        (["--loss_type", "gpro"], "grpo"), (["--r", "0"], "r = 0"),
+        (["--lora_alpha", "nan"], "lora_alpha"), (["--adapter", "x", "--r", "64"], "--r"),
+        (["--target_modules", "*_proj"], "regular expression"),
+        (["--rank_pattern", "[1]"], "rank_pattern"), (["--device", "meta"], "device"),
+        (["--num_iterations", "3"], "multiple"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_line_and_exit_code_2(
@@ -571,10 +582,14 @@ def test_bad_settings_get_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"prompt": "1"\n', ":1: "), (b'{"prompt": "1", "answer": "2"}\n\n[1]\n', ":3: "), (b"", "no rows"), (b"\n \n", "no rows"),
-        (b'{"prompt": "1", "answer": "2"}\n{"prompt": "1"}\n', ":2: reward accuracy_reward: missing a required"), (b'{"prompt": ""}', ":1: 'prompt'"),
-        (b'{"answer": "2"}', ":1: 'prompt'"), (b'{"prompt": [{"role": "user"}]}', ":1: 'prompt'"), (b"\xff\xfe{}", ":1: "),
-        (b'{"prompt": 7}', ":1: 'prompt'"), (b"[" * 100_000, ":1: "), (b'{"prompt": "' + b"1+" * 99 + b'", "answer": "1"}', ":1: the prompt has"),
+        (b'{"prompt": "1"\n', ":1: "), (b'{"prompt": "1", "answer": "2"}\n\n[1]\n', ":3: "),
+        (b"", "no rows"), (b"\n \n", "no rows"),
+        (b'{"prompt": "1", "answer": "2"}\n{"prompt": "1"}\n',
+         ":2: reward accuracy_reward: missing a required"),
+        (b'{"prompt": ""}', ":1: 'prompt'"), (b'{"answer": "2"}', ":1: 'prompt'"),
+        (b'{"prompt": [{"role": "user"}]}', ":1: 'prompt'"), (b"\xff\xfe{}", ":1: "),
+        (b'{"prompt": 7}', ":1: 'prompt'"), (b"[" * 100_000, ":1: "),
+        (b'{"prompt": "' + b"1+" * 99 + b'", "answer": "1"}', ":1: the prompt has"),
     ],
 )  # fmt: skip
 def test_bad_data_is_refused_with_file_and_line(content, words, model_dir, tmp_path, capsys):
@@ -676,13 +691,14 @@ def test_settings_may_stand_in_a_file_which_each_run_leaves_behind(
         )
 
 
-TUNING = "--prompts_per_step 4 --num_generations 4 --max_completion_length 6 --max_steps 30 --r 2".split()
-
-
 def test_no_file_beside_the_script_is_read_unasked(tmp_path):
     (tmp_path / "grpo_lora.args").write_text("--seed 77")
     with mock.patch.object(sys, "argv", [str(tmp_path / "grpo_lora.py")]):
         assert cli.parse([])[2].seed == 0
+
+
+TUNING = ["--prompts_per_step", "4", "--num_generations", "4", "--max_completion_length", "6"]
+TUNING += ["--max_steps", "30", "--r", "2"]
 
 
 def tuning(model_dir, data, folder) -> list[str]:
@@ -770,9 +786,12 @@ def test_tuning_drops_what_diverges_on_resuming_too(model_dir, data, tmp_path, c
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(["--max_steps", "29"], "at least 30"), (["--warmup_steps", "1"], "at least 40"), (["--learning_rate", "0"], "above 0"),
-     (["--tune", "learning_rate,r", "--adapter", "x"], "tune learning_rate alone"), (["--resume"], "needs output_dir"),
-     (["--output_dir", "."], "not empty"), (["--tune", "epsilon"], "invalid choice")],
+    [
+        (["--max_steps", "29"], "at least 30"), (["--warmup_steps", "1"], "at least 40"),
+        (["--learning_rate", "0"], "above 0"), (["--resume"], "needs output_dir"),
+        (["--tune", "learning_rate,r", "--adapter", "x"], "tune learning_rate alone"),
+        (["--output_dir", "."], "not empty"), (["--tune", "epsilon"], "invalid choice"),
+    ],
 )  # fmt: skip
 def test_a_tuning_that_cannot_work_is_refused(
     change, words, model_dir, data, tmp_path, capsys, monkeypatch
@@ -786,9 +805,9 @@ def test_the_report_shows_hostile_text_as_text_and_runs_without_tokens(
     tmp_path, capsys, monkeypatch
 ):
     shout = lambda completions, **columns: [float("1" in text) for text in completions]
-    t = run_trainer(reward=shout, rows=[{"prompt": "1</td><script>alert(1)</script>\u202e", "answer": "1"}] * 4, output_dir=str(tmp_path),
-                log_tokens_steps=1, max_steps=3, num_iterations=3, learning_rate=0.1)  # fmt: skip
-    t.train()
+    rows = [{"prompt": "1</td><script>alert(1)</script>\u202e", "answer": "1"}] * 4
+    options = {"max_steps": 3, "num_iterations": 3, "learning_rate": 0.1, "log_tokens_steps": 1}
+    run_trainer(reward=shout, rows=rows, output_dir=str(tmp_path), **options).train()
     page = report.report(tmp_path)
     assert (
         "<script" not in page
@@ -851,7 +870,8 @@ def test_model_text_cannot_steer_the_terminal():
 
 def test_rewards_are_found_by_name_by_file_and_by_module(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Half:\n    value: float = 0.5\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Half:\n    value: float = 0.5\n"
         "def my_reward(completions, **columns):\n    return [Half().value for _ in completions]\n"
     )
     assert cli.load_reward(f"{tmp_path}/mine.py:my_reward")(completions=["a"]) == [0.5]
@@ -864,8 +884,8 @@ def test_rewards_are_found_by_name_by_file_and_by_module(tmp_path):
     )
     assert cli.load_reward("format") is rewards.REWARDS["format"]
     for spec, words in [
-        ("acuracy", "accuracy"), (f"{tmp_path}/mine.py:other", "my_reward"), (f"{tmp_path}/none.py:f", "none.py"),
-        ("no.such.module:f", "no.such.module"),
+        ("acuracy", "accuracy"), (f"{tmp_path}/mine.py:other", "my_reward"),
+        (f"{tmp_path}/none.py:f", "none.py"), ("no.such.module:f", "no.such.module"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             cli.load_reward(spec)
@@ -880,3 +900,89 @@ def test_demo_task_thinks_right_and_every_problem_is_distinct():
     assert set(rewards.REWARDS["format"](None, replies)) == {1.0}
     for a, b, total in re.findall(r"(\d+)\+(\d+)=(\d+)", " ".join(replies)):
         assert int(a) + int(b) == int(total)
+
+
+# ---------------------------------------------------------------------------- the three files alone
+
+THREE = ("grpo_lora.py", "lora.py", "rewards.py")
+ALONE = """
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from grpo_lora import GRPOConfig, GRPOTrainer
+from lora import LoRAConfig, apply_lora, load_lora
+
+words = ["<pad>", "<end>", "<unk>", *"0123456789+=?"]
+backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+names = {"eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<unk>"}
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+sizes = {"vocab_size": len(words), "hidden_size": 16, "intermediate_size": 16, "eos_token_id": 1}
+sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": None}
+make = lambda: torch.manual_seed(0) and AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+
+def digits(completions, **columns):
+    return [float(sum(c.isdigit() for c in text)) for text in completions]
+
+rows = [{"prompt": f"{a}+{b}=?", "answer": str(a + b)} for a in range(4) for b in range(4)]
+args = GRPOConfig(output_dir="run", max_steps=2, prompts_per_step=2, max_completion_length=4)
+model = apply_lora(make(), LoRAConfig())
+trainer = GRPOTrainer(model, [digits, "accuracy"], args, rows[:12], rows[12:], tokenizer)
+trainer.train()
+assert trainer.step == 2 and trainer.evaluate()["eval_reward"] >= 0
+read = lambda name: [json.loads(line) for line in Path("run", name).read_text().splitlines()]
+assert [row["step"] for row in read("metrics.jsonl")] == [0, 1, 2]
+assert {row["step"] for row in read("completions.jsonl")} == {0, 1, 2}
+assert any(row["grad_norm"] > 0 for row in read("metrics.jsonl")[1:])
+again = load_lora(make(), "run/adapter")
+ids = torch.tensor([[3, 13, 4]])
+assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+assert not torch.equal(again(ids).logits, make().eval()(ids).logits)
+"""
+
+
+def test_the_three_files_alone_train_evaluate_and_write_a_run_and_refuse_to_be_a_command(tmp_path):
+    for name in THREE:
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "alone.py").write_text(ALONE)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 100}
+    done = subprocess.run([sys.executable, "alone.py"], **options)
+    assert done.returncode == 0, done.stderr
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"metrics.jsonl", "completions.jsonl", "adapter"}
+    refused = subprocess.run([sys.executable, "grpo_lora.py"], **options)
+    assert refused.returncode != 0 and not refused.stdout
+    (said,) = refused.stderr.splitlines()
+    assert said.startswith("error: the command line lives in runner/")
+    there = {path.name for path in tmp_path.iterdir()} - {"__pycache__"}
+    assert there == {*THREE, "alone.py", "run"}  # and leaves nothing behind
+
+
+def imported(source: str) -> set[str]:
+    """What a file imports, wherever it does: the first part of each module's name."""
+    nodes = list(ast.walk(ast.parse(source)))
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes)
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_the_three_files_import_nothing_of_the_runner_and_the_runner_nothing_of_the_proof():
+    ours = {path.stem for path in HERE.glob("*.py")} | {"runner", "checks", "benchmarks"}
+    sources = {name: (HERE / name).read_text(encoding="utf-8") for name in THREE}
+    story, main, command = sources["grpo_lora.py"].partition('\nif __name__ == "__main__":\n')
+    assert imported(sources["lora.py"]) & ours == imported(sources["rewards.py"]) & ours == set()
+    assert imported(story) & ours == {"lora", "rewards"}
+    for text in (sources["lora.py"], sources["rewards.py"], story):
+        assert "import_module" not in text and "__import__" not in text
+        assert not re.search(r"\brunner\b", text)
+    assert main and imported(command.replace("\n    ", "\n").strip()) & ours == {"runner"}
+    assert len(command.splitlines()) <= 5
+    for path in (HERE / "runner").glob("*.py"):
+        found = imported(path.read_text(encoding="utf-8")) & ours
+        assert found <= {"grpo_lora", "lora", "rewards", "runner"}, path.name
