@@ -1,7 +1,17 @@
-"""Every formula, its gradient and its invariances: the objective, the LoRA layer, the rewards.
+"""The truths of the formulas: what each computes, its gradient, and what does not change it.
 
-Each test is named for what it proves. Exact statements are checked in float64; tests that need whole models are in
-test_training.py, and so is the gallery, which puts known bugs back in and expects these tests to fail.
+one group in numbers   the README's example, from rewards to gradients, to four digits
+advantages             mean, std, shift and scale; equal and missing rewards; several functions
+mask                   it ends with the first EOS, whatever the padding is
+KL                     the three estimators, their gradients, and what masks them
+the policy loss        each surrogate, ratio and aggregation: by hand, and by finite differences
+exact enumeration      what the loss does on average, from all samples of a policy that is tiny
+drawing a token        each has its share of [0, 1), and one of probability zero has none
+LoRA, one layer        y = W x + s·B A x in every kind; off, merged, its start and its gradients
+rewards                answers are equal exactly when they mean the same; each reward by hand
+
+Exact statements are checked in float64. What needs whole models is in test_training.py. The
+gallery in checks/ puts known bugs back in, and expects these tests to fail.
 """
 
 import copy
@@ -27,6 +37,7 @@ from grpo_lora import (
     VARIANTS,
     GRPOConfig,
     completion_mask,
+    draw_tokens,
     group_advantages,
     grpo_loss,
     kl_penalty,
@@ -57,7 +68,8 @@ def setting_of(loss_type: str, **more) -> dict:
 
 
 def batch(seed: int = 0, B: int = 4, T: int = 5, spread: float = 0.1):
-    """Random (logps, old_logps, advantages, mask, ref_logps) in float64; rows of different lengths, one of them empty."""
+    """Random (logps, old_logps, advantages, mask, ref_logps) in float64; rows of different lengths,
+    one of them empty."""
     g = torch.Generator().manual_seed(seed)
     logps = -torch.rand(B, T, generator=g, dtype=torch.float64) * 3
     old = logps + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
@@ -71,7 +83,49 @@ def gradient(loss: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(loss, inputs)[0]
 
 
-# ------------------------------------------------------------------------------------------------------- advantages
+# ----------------------------------------------------------------------------- one group in numbers
+
+
+def test_the_worked_example_of_the_readme():
+    """2 + 2 = ? Four completions, two of them right: their rewards, advantages, ratios, loss and
+    gradients. All tokens are counted, the end of each completion too."""
+    words = ["<pad>", "<end>", "#### 4", "#### 5", " or 6"]
+    ids = torch.tensor([[2, 1, 0], [3, 4, 1], [1, 0, 0], [2, 1, 0]])  # (B, T): right-padded
+    mask = completion_mask(ids, [1])
+    assert mask.sum(dim=1).tolist() == [2, 3, 1, 2]  # N = 8 tokens in all
+    texts = ["".join(words[i] for i in row if i > 1) for row in ids.tolist()]
+    rewards = accuracy_reward(None, texts, ["4"] * 4)
+    assert texts == ["#### 4", "#### 5 or 6", "", "#### 4"] and rewards == [1, 0, 0, 1]
+
+    rewards = torch.tensor([rewards], dtype=torch.float64)  # one group of four
+    assert rewards.mean() == 0.5 and rewards.std().item() == pytest.approx(0.5774, abs=5e-5)
+    A = group_advantages(rewards).flatten()  # ±0.5 / (0.57735 + 0.0001)
+    good, bad = 0.8659, -0.8659
+    assert A.tolist() == pytest.approx([good, bad, bad, good], abs=5e-5)
+
+    # The first update: the policy is the one that sampled, so every ratio is 1. The gradient of
+    # each token's log-prob is -A/N: a step raises the good completions and lowers the bad ones.
+    old = torch.full((4, 3), 0.5, dtype=torch.float64).log()  # each token had probability 1/2
+    logps = old.clone().requires_grad_()
+    loss, _ = grpo_loss(logps, old, A, mask, loss_type="dapo")
+    up, down = -0.1082, 0.1082  # -A/8
+    first = [[up, up, 0], [down, down, down], [down, 0, 0], [up, up, 0]]
+    assert gradient(loss, logps).tolist() == [pytest.approx(row, abs=5e-5) for row in first]
+    assert abs(loss.item()) < 1e-12  # good and bad have four tokens each; yet it learns
+
+    # After a step, two tokens have probability 0.65, so their ratio is 1.3. With epsilon 0.2 that
+    # is too far for the good one, which gets no gradient, and not for the bad one.
+    logps = torch.where(torch.tensor([[True, False, False]] * 2 + [[False] * 3] * 2), 0.65, 0.5)
+    logps = logps.double().log().requires_grad_()
+    loss, stats = grpo_loss(logps, old, A, mask, loss_type="dapo", epsilon=0.2)
+    second = [[0, up, 0], [0.1407, down, down], [down, 0, 0], [up, up, 0]]  # 1.3 · 0.8659 / 8
+    assert gradient(loss, logps).tolist() == [pytest.approx(row, abs=5e-5) for row in second]
+    # -(1.2 + 1 - 1.3 - 1 - 1 - 1 + 1 + 1) · 0.8659 / 8
+    assert loss.item() == pytest.approx(0.0108, abs=5e-5)
+    assert stats["clip_ratio/region_mean"] == 1 / 8  # one token of eight was clipped
+
+
+# --------------------------------------------------------------------------------------- advantages
 
 groups = st.integers(1, 4).flatmap(
     lambda p: st.integers(2, 6).flatmap(
@@ -106,9 +160,8 @@ def test_advantages_ignore_a_shift_and_at_eps_zero_a_scale_of_the_rewards(reward
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @given(value=st.floats(-1e6, 1e6), G=st.integers(2, 9), eps=st.sampled_from([0.0, 1e-8, 1e-4]))
 def test_equal_rewards_give_exactly_zero(scale, value, G, eps):
-    rewards = torch.tensor(
-        [[value] * G, [*range(G)]], dtype=torch.float32
-    )  # a mean of equal floats can be off by an ulp
+    # a mean of equal floats can be off by an ulp
+    rewards = torch.tensor([[value] * G, [*range(G)]], dtype=torch.float32)
     assert (group_advantages(rewards, scale=scale, eps=eps)[0] == 0).all()
     assert (group_advantages(rewards[:1], scale=scale, eps=eps) == 0).all()
 
@@ -160,16 +213,15 @@ def test_several_rewards_are_weighted_once_and_none_is_not_zero():
     torch.testing.assert_close(
         multi_objective_advantages(rewards, weights), group_advantages(total)
     )
-    each = torch.stack(
-        [group_advantages(r)[0] for r in rewards.unbind(-1)]
-    )  # normalize_then_sum: first within each
+    # normalize_then_sum: first within each
+    each = torch.stack([group_advantages(r)[0] for r in rewards.unbind(-1)])
     summed = (each * weights.unsqueeze(1)).sum(0)[[0, 1, 3]]
     got = multi_objective_advantages(rewards, weights, aggregation="normalize_then_sum")
     torch.testing.assert_close(got[0, [0, 1, 3]], (summed - summed.mean()) / (summed.std() + 1e-4))
     assert got[0, 2] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------- mask
+# --------------------------------------------------------------------------------------------- mask
 
 
 @given(
@@ -186,7 +238,7 @@ def test_mask_ends_with_the_first_eos_whatever_the_padding(rows, eos):
             assert got == [i <= first for i in range(width)]
 
 
-# --------------------------------------------------------------------------------------------------------------- KL
+# ----------------------------------------------------------------------------------------------- KL
 
 
 @given(st.floats(-5, 5), st.floats(-5, 5))
@@ -245,12 +297,11 @@ def test_corrected_k3_has_the_gradient_of_k2():
             **common,
         )
         same = torch.allclose(gradient(corrected, logps), gradient(plain, logps), atol=1e-12)
-        assert same == (
-            level == "token"
-        )  # one ratio for a whole row spreads each token's KL over the row
+        # one ratio for a whole row spreads each token's KL over the row
+        assert same == (level == "token")
 
 
-# --------------------------------------------------------------------------------------------------- the policy loss
+# ---------------------------------------------------------------------------------- the policy loss
 
 
 @pytest.mark.parametrize("loss_type", CLIPPED)
@@ -335,18 +386,16 @@ def test_vespo_weight_is_that_of_the_row_and_bounded():
     )
     w = math.exp(0.5)  # the product of the ratios of the row's own tokens
     phi = w**2 * math.exp(3 * (1 - w))
-    want = torch.tensor(
-        [[phi, phi, 0], [0, 0, 0]], dtype=torch.float64
-    )  # the second row went far off: no weight, no NaN
+    # the second row went far off: no weight, no NaN
+    want = torch.tensor([[phi, phi, 0], [0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(gradient(loss, logps), -want / 5)
     assert stats["vespo/phi_seq_mean"] == pytest.approx(2 * phi / 5)
 
 
 def test_vespo_bounds_each_log_ratio_at_20_and_their_sum_between_log_1e_8_and_20():
     ones = torch.ones(3, 2, dtype=torch.float64)
-    logps = torch.tensor(
-        [[0.0, -19.0], [-40.0, 19.5], [60.0, -19.0]], dtype=torch.float64
-    )  # sums: log 1e-8, -0.5, 1
+    # sums: log 1e-8, -0.5, 1
+    logps = torch.tensor([[0.0, -19.0], [-40.0, 19.5], [60.0, -19.0]], dtype=torch.float64)
     A = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
     _, stats = grpo_loss(logps, 0 * logps, A, ones.bool(), loss_type="vespo")
     phi = lambda log_w, k, lam: math.exp(lam + k * log_w - lam * math.exp(log_w))
@@ -551,15 +600,10 @@ def test_shapes_and_missing_settings_are_refused_by_name():
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in ("cispo", "vespo")])
 def test_gradients_are_those_of_the_loss_by_finite_differences(loss_type, level, kl):
-    logps, old, A, mask, ref = batch(
-        9, B=3, T=3
-    )  # cispo and vespo stop a gradient on purpose: by hand, above
-    kwargs = {
-        "beta": 0.3 if kl else 0.0,
-        "kl_estimator": kl or "k3",
-        "importance_sampling_level": level,
-    }
-    options = setting_of(loss_type, ref_logps=ref, **kwargs)
+    # cispo and vespo stop a gradient on purpose: by hand, above
+    logps, old, A, mask, ref = batch(9, B=3, T=3)
+    options = setting_of(loss_type, ref_logps=ref, importance_sampling_level=level)
+    options |= {"beta": 0.3 if kl else 0.0, "kl_estimator": kl or "k3"}
     assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, A, mask, **options)[0], logps)
 
 
@@ -571,16 +615,15 @@ def test_a_variant_is_a_row_of_settings_that_a_config_takes(name):
     )
 
 
-# ------------------------------------------------------------------------------------------------- exact enumeration
+# -------------------------------------------------------------------------------- exact enumeration
 #
-# A policy so small that every completion and every group can be listed: three tokens (0 ends), at most two of them.
-# Then an expectation over sampling is a finite sum, and what GRPO's loss does on average is known to rounding.
+# A policy so small that every completion and every group can be listed: three tokens (0 ends), at
+# most two of them. Then an expectation over sampling is a finite sum, and what GRPO's loss does on
+# average is known to rounding.
 
 HORIZON = 2
-COMPLETIONS = [
-    [0, 0],
-    *([a, b] for a in (1, 2) for b in (0, 1, 2)),
-]  # the second token of [0, 0] is padding
+# the second token of [0, 0] is padding
+COMPLETIONS = [[0, 0], *([a, b] for a in (1, 2) for b in (0, 1, 2))]
 PREFIXES = [(), (1,), (2,)]
 
 
@@ -671,8 +714,8 @@ def kl_loss_gradient(
         one = slice(row, row + 1)
         loss, _ = grpo_loss(
             logps[one], logps[one].detach(), torch.zeros(1, dtype=torch.float64), mask[one],
-            ref_logps=ref.logps().detach()[one], beta=1.0, kl_estimator=estimator, use_bias_correction_kl=correction,
-            loss_type="dr_grpo", max_completion_length=1,
+            ref_logps=ref.logps().detach()[one], beta=1.0, kl_estimator=estimator,
+            use_bias_correction_kl=correction, loss_type="dr_grpo", max_completion_length=1,
         )  # fmt: skip
         total = total + p[row] * loss
     return gradient(total, policy.logits)
@@ -686,12 +729,12 @@ def state_kl(policy: TablePolicy, ref: TablePolicy, state: int, reverse: bool) -
 
 
 def test_kl_gradients_by_enumeration():
-    """As losses, in expectation: k1 does nothing, k2 follows the reverse KL and k3 the forward KL, state by state."""
+    """As losses, in expectation: k1 does nothing, k2 follows the reverse KL and k3 the forward KL,
+    state by state."""
     policy, ref = TablePolicy(3), TablePolicy(4)
     for horizon in (1, 2):
-        visits = (
-            [1.0] if horizon == 1 else [1.0, *policy.logits[0].softmax(-1)[1:].tolist()]
-        )  # E over prefixes
+        # E over prefixes
+        visits = [1.0] if horizon == 1 else [1.0, *policy.logits[0].softmax(-1)[1:].tolist()]
         for estimator, reverse in (("k2", True), ("k3", False)):
             exact = sum(
                 v * gradient(state_kl(policy, ref, s, reverse), policy.logits)
@@ -700,7 +743,8 @@ def test_kl_gradients_by_enumeration():
             got = kl_loss_gradient(policy, ref, estimator, horizon)
             torch.testing.assert_close(got, exact, atol=1e-10, rtol=0)
         assert kl_loss_gradient(policy, ref, "k1", horizon).abs().max() < 1e-10
-        # times ρ (use_bias_correction_kl) k1 and k3 follow the reverse KL, and k2, which did without, no longer does
+        # times ρ (use_bias_correction_kl) k1 and k3 follow the reverse KL, and k2, which did
+        # without, no longer does
         reverse_kl = sum(
             v * gradient(state_kl(policy, ref, s, True), policy.logits)
             for s, v in enumerate(visits)
@@ -714,15 +758,43 @@ def test_kl_gradients_by_enumeration():
         assert (corrected["k2"] - reverse_kl).abs().max() > 0.01
     log_p, log_q = policy.logps().sum(1), ref.logps().detach().sum(1)
     sequence_kl = gradient((log_p.exp() * (log_p - log_q)).sum(), policy.logits)
-    assert (
-        kl_loss_gradient(policy, ref, "k2", 2) - sequence_kl
-    ).abs().max() > 0.01  # beyond one token they differ
+    apart = kl_loss_gradient(policy, ref, "k2", 2) - sequence_kl
+    assert apart.abs().max() > 0.01  # beyond one token they differ
 
 
-# ---------------------------------------------------------------------------------------- log-probs from hidden states
+# ---------------------------------------------------------------------------------- drawing a token
 
 
-# ------------------------------------------------------------------------------------------------------ LoRA, one layer
+def draws(probabilities: list[float], *uniforms: float) -> list[int]:
+    log_probs = torch.tensor([probabilities] * len(uniforms), dtype=torch.float64).log()
+    return draw_tokens(log_probs, torch.tensor(uniforms, dtype=torch.float64)).tolist()
+
+
+def test_each_token_has_its_share_of_the_uniform_numbers_from_its_lower_bound_up_to_the_next():
+    quarters = [0.25, 0.25, 0.5]  # [0, 0.25) [0.25, 0.5) [0.5, 1); a bound belongs to the upper
+    assert draws(quarters, 0.0, 0.2499, 0.25, 0.4999, 0.5, 0.9999) == [0, 0, 1, 1, 2, 2]
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 0.125, 0.25, 1.0]), min_size=1, max_size=8).filter(any),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_token_of_probability_zero_is_never_drawn(weights, uniform):
+    whole, sums = sum(weights), itertools.accumulate(weights)
+    bounds = [x / whole for x in sums if x < whole]  # where one that could slip in would lie
+    drawn = draws([w / whole for w in weights], 0.0, uniform, *bounds)
+    assert all(weights[token] > 0 for token in drawn)
+
+
+@pytest.mark.parametrize("total", [0.9, 1.1])
+def test_draws_do_not_depend_on_how_far_rounding_left_the_sum_of_the_probabilities_from_one(total):
+    shares = [0.3, 0.3, 0.4]
+    uniforms = [0.0, 0.28, 0.299, 0.301, 0.32, 0.56, 0.599, 0.601, 0.65, 0.95, 0.999]
+    assert draws([total * p for p in shares], *uniforms) == draws(shares, *uniforms)
+    assert draws(shares, *uniforms) == [0] * 3 + [1] * 4 + [2] * 4
+
+
+# ---------------------------------------------------------------------------------- LoRA, one layer
 
 
 class Toy(nn.Module):
@@ -773,9 +845,8 @@ KINDS = {
 def test_lora_adds_s_b_a_and_nothing_else(kind):
     config = LoRAConfig(r=3, lora_alpha=6, **KINDS[kind])
     model, base, ids = toy(config, random_adapters=False)
-    torch.testing.assert_close(
-        model(ids), base(ids)
-    )  # every initialisation starts at the base model's function
+    # every initialisation starts at the base model's function
+    torch.testing.assert_close(model(ids), base(ids))
     model, base, ids = toy(config)
     dense = copy.deepcopy(base)
     for name in ("up", "mix", "out"):
@@ -811,9 +882,8 @@ def test_adapters_off_is_the_base_model_to_the_bit_through_nesting_and_exception
         assert torch.equal(model(ids), off)
         with lora_disabled(model):
             assert torch.equal(model(ids), off)
-        assert torch.equal(
-            model(ids), off
-        )  # leaving the inner one must not switch adapters back on
+        # leaving the inner one must not switch adapters back on
+        assert torch.equal(model(ids), off)
         with torch.no_grad(), lora_merged(model):
             assert torch.equal(model(ids), off)
     assert torch.equal(model(ids), on)
@@ -1000,7 +1070,16 @@ def test_adapters_are_float32_on_a_bf16_base_and_outputs_stay_bf16():
         assert torch.equal(model(ids), base(ids))
 
 
-# ----------------------------------------------------------------------------------------------------------- rewards
+def test_doras_magnitude_keeps_small_updates_on_a_bf16_base():
+    model, _, ids = toy(LoRAConfig(r=2, use_dora=True), dtype=torch.bfloat16)
+    magnitude = model.up.lora_magnitude_vector
+    before = magnitude.detach().clone()
+    model(ids).float().square().sum().backward()
+    torch.optim.AdamW([magnitude], lr=1e-4, weight_decay=0).step()
+    assert (magnitude != before).all()  # near 0.5 the numbers of bf16 are 0.002 to 0.004 apart
+
+
+# ------------------------------------------------------------------------------------------ rewards
 
 numbers = st.fractions(min_value=-(10**6), max_value=10**6, max_denominator=10**4)
 
@@ -1032,13 +1111,18 @@ def test_decimals_percent_separators_and_exponents_are_exact(n, places):
 @pytest.mark.parametrize(
     ("left", "right", "same"),
     [
-        (r"-\frac{-1}{2}", "1/2", True), (r"\frac{-1}{2}", "-0.5", True), (r"-\frac{1}{2}", "0.5", False), ("1", "12345", False), ("2**3", "8", False), ("12", "1 2", False), ("1 1/2", "1.5", True), ("1 1/2", "11/2", False), ("0.1", "1/10", True),
-        ("0.3333", "1/3", False), ("50%", "0.5", True), ("50%", "50", False), (r"1\frac12", "3/2", True), ("$18", "18.", True),
-        ("x = 5", "5", True), ("1/0", "1/0", True), ("1/0", "0", False), ("5²", "52", False), ("٣", "3", False), ("１", "1", False),
-        ("\u200f18\u200e", "18", True), ("−3", "-3", True), ("12,34", "1234", False), ("A", "a", True), (r"\text{yes}", "Yes", True),
-        ("x + 1", "x+1", True), ("1e999999999", "1e999999998", False), ("-0", "0", True), ("97**98**99", "97**98**99", True),
-        ("nan", "nan", True), (".5", "0.5", True), ("2", "2.0000000000000000000001", False), (18, "18", True), ("", "0", False),
-        ("0" * 999 + "7", "7", True), ("0" * 1000 + "7", "7", False),  # so long that it is taken for text
+        (r"-\frac{-1}{2}", "1/2", True), (r"\frac{-1}{2}", "-0.5", True),
+        (r"-\frac{1}{2}", "0.5", False), ("1", "12345", False), ("2**3", "8", False),
+        ("12", "1 2", False), ("1 1/2", "1.5", True), ("1 1/2", "11/2", False),
+        ("0.1", "1/10", True), ("0.3333", "1/3", False), ("50%", "0.5", True), ("50%", "50", False),
+        (r"1\frac12", "3/2", True), ("$18", "18.", True), ("x = 5", "5", True),
+        ("1/0", "1/0", True), ("1/0", "0", False), ("5²", "52", False), ("٣", "3", False),
+        ("１", "1", False), ("\u200f18\u200e", "18", True), ("−3", "-3", True),
+        ("12,34", "1234", False), ("A", "a", True), (r"\text{yes}", "Yes", True),
+        ("x + 1", "x+1", True), ("1e999999999", "1e999999998", False), ("-0", "0", True),
+        ("97**98**99", "97**98**99", True), ("nan", "nan", True), (".5", "0.5", True),
+        ("2", "2.0000000000000000000001", False), (18, "18", True), ("", "0", False),
+        ("0" * 999 + "7", "7", True), ("0" * 1000 + "7", "7", False),  # so long: taken for text
     ],
 )  # fmt: skip
 def test_answers_match_examples(left, right, same):
@@ -1058,29 +1142,37 @@ def test_a_missing_answer_equals_nothing_not_even_another():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (r"so \boxed{1} or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{a{b}{c{d}}e}", "a{b}{c{d}}e"),
-        (r"\boxed{3", None), (r"\boxed{3} and \boxed{4", "3"), (r"{ \boxed{5}", "5"), (r"} \boxed {6} }", "6"),
+        (r"so \boxed{1} or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{a{b}{c{d}}e}", "a{b}{c{d}}e"), (r"\boxed{3", None),
+        (r"\boxed{3} and \boxed{4", "3"), (r"{ \boxed{5}", "5"), (r"} \boxed {6} }", "6"),
         (r"\boxed{\{7\}}", r"\{7\}"), (r"\boxed{\boxed{8}}", "8"), ("<answer> 9 </answer>", "9"),
-        ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>1</answer> <answer>2", "1"), ("#### 3 \nmore", "3"),
-        ("#### 3\n#### 4", "4"), (r"<answer>\boxed{5}</answer>", "5"), (r"\boxed{ } <answer>6</answer>", "6"),
-        (r"<think>\boxed{1}</think> <answer>2</answer>", "2"), ("I count 12345 ways", None), ("", None), ("####", None),
-        ("</answer>7<answer>", None), ("7</answer>", None), ("<answer>7", None),
+        ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>1</answer> <answer>2", "1"),
+        ("#### 3 \nmore", "3"), ("#### 3\n#### 4", "4"), (r"<answer>\boxed{5}</answer>", "5"),
+        (r"\boxed{ } <answer>6</answer>", "6"),
+        (r"<think>\boxed{1}</think> <answer>2</answer>", "2"), ("I count 12345 ways", None),
+        ("", None), ("####", None), ("</answer>7<answer>", None), ("7</answer>", None),
+        ("<answer>7", None),
     ],
 )  # fmt: skip
 def test_extract_answer_examples(text, answer):
     assert extract_answer(text) == answer
 
 
-HOSTILE = [r"\boxed{", "{", "<answer>", "</answer>", "<think>", r"\text{", r"\frac{", "####", "1,", "9", "\u202e", "- ", "\\", "e9",
-           "$", "\ud800", "\n", "Step 1:", "x=", "1 ", "½", "١"]  # fmt: skip
+HOSTILE = [
+    r"\boxed{", "{", "<answer>", "</answer>", "<think>", r"\text{", r"\frac{", "####", "1,", "9",
+    "\u202e", "- ", "\\", "e9", "$", "\ud800", "\n", "Step 1:", "x=", "1 ", "½", "١",
+]  # fmt: skip
 texts = st.one_of(
     st.text(max_size=60),
     st.lists(
         st.sampled_from([*HOSTILE, "}", "%", "/", ".", ",", "</think>", "First,", "a"]), max_size=30
     ).map("".join),
 )
-RANGES = {"accuracy": (0, 1), "format": (0, 1), "tag_count": (0, 1), "reasoning_steps": (0, 1), "length": (-0.5, 0.5),
-          "cosine": (-1, 1), "repetition_penalty": (-1, 0), "soft_overlong_penalty": (-1, 0)}  # fmt: skip
+RANGES = {
+    "accuracy": (0, 1), "format": (0, 1), "tag_count": (0, 1), "reasoning_steps": (0, 1),
+    "length": (-0.5, 0.5), "cosine": (-1, 1), "repetition_penalty": (-1, 0),
+    "soft_overlong_penalty": (-1, 0),
+}  # fmt: skip
 
 
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
@@ -1102,88 +1194,46 @@ def test_rewards_take_time_linear_in_the_text(piece):
     start = time.process_time()
     for reward in REWARDS.values():
         reward(prompts=["p"], completions=[text], answer=[text])
-    assert (
-        time.process_time() - start < 5.0
-    )  # some 0.3 s where this was written; quadratic would be minutes
+    # some 0.3 s where this was written; quadratic would be minutes
+    assert time.process_time() - start < 5.0
 
 
 def test_reward_values_by_hand():
     def score(name, *completions, **columns):
-        return REWARDS[name](
-            prompts=["p"] * len(completions), completions=list(completions), **columns
-        )
+        columns |= {"prompts": ["p"] * len(completions), "completions": list(completions)}
+        return REWARDS[name](**columns)
 
     good = "<think>\nStep 1: add\n</think>\n<answer>3</answer>"
-    assert score(
-        "format", good, good + " bye", "x" + good, good.replace("</think>", ""), good * 2
-    ) == [1, 0, 0, 0, 0]
+    bad = [good + " bye", "x" + good, good.replace("</think>", ""), good * 2]
+    assert score("format", good, *bad) == [1, 0, 0, 0, 0]
     assert score("tag_count", good, "<think><think></think>", "") == [1.0, 0.25, 0.0]
-    assert score("reasoning_steps", "1. a\n2. b\n3. c\n4. d", "First, a. Next, b.", "none") == [
-        1.0,
-        2 / 3,
-        0.0,
-    ]
-    ids = [[0] * 10, [0] * 20, [0] * 30, [0] * 20]
-    right, wrong = "#### 1", "#### 2"
-    got = score("length", right, wrong, right, wrong, answer=["1"] * 4, completion_ids=ids)
+    steps = ["1. a\n2. b\n3. c\n4. d", "First, a. Next, b.", "none"]
+    assert score("reasoning_steps", *steps) == [1.0, 2 / 3, 0.0]
+    repeats = ["a b c d", "a b c a b c", "A b"]
+    assert score("repetition_penalty", *repeats) == [0.0, -0.25, 0.0]
+
+    tokens = lambda *lengths: {"completion_ids": [[0] * n for n in lengths]}
+    right, wrong, ones = "#### 1", "#### 2", {"answer": ["1"] * 4}
+    got = score("length", right, wrong, right, wrong, **ones, **tokens(10, 20, 30, 20))
     assert got == [0.5, 0.0, -0.5, 0.0]
-    assert REWARDS["length"](
-        prompts=["p", "q"], completions=[right] * 2, answer=["1"] * 2, completion_ids=ids[:2]
-    ) == [
-        0,
-        0,
-    ]
-    got = score("length", wrong, right, answer=["1"] * 2, completion_ids=[[0] * 10, [0] * 20])
+    two = {"prompts": ["p", "q"], "completions": [right] * 2, "answer": ["1"] * 2}
+    assert REWARDS["length"](**two, **tokens(10, 20)) == [0, 0]  # each in a group of its own
+    got = score("length", wrong, right, answer=["1"] * 2, **tokens(10, 20))
     assert got == [0.0, -0.5]  # short, but wrong
-    got = score(
-        "cosine",
-        right,
-        right,
-        right,
-        wrong,
-        answer=["1"] * 4,
-        completion_ids=[[], [0] * 50, [0] * 999, []],
-        max_len=100,
-    )
+    got = score("cosine", right, right, right, wrong, **ones, **tokens(0, 50, 999, 0), max_len=100)
     assert got == pytest.approx([1.0, 0.75, 0.5, -1.0])
-    got = score(
-        "cosine", wrong, wrong, answer=["1"] * 2, completion_ids=[[0] * 50, [0] * 200], max_len=100
-    )
+    got = score("cosine", wrong, wrong, answer=["1"] * 2, **tokens(50, 200), max_len=100)
     assert got == pytest.approx([-0.75, -0.5])
-    assert score("repetition_penalty", "a b c d", "a b c a b c", "A b") == [
-        0.0,
-        pytest.approx(-0.25),
-        0.0,
-    ]
     over = {"max_completion_len": 100, "soft_punish_cache": 20}
-    lengths = [[0] * n for n in (80, 81, 90, 100, 101)]
-    assert score("soft_overlong_penalty", *"abcde", completion_ids=lengths, **over) == [
-        0.0,
-        -0.05,
-        -0.5,
-        -1.0,
-        -1.0,
-    ]
-    run = {
-        "trainer_state": types.SimpleNamespace(max_completion_length=80)
-    }  # then L = 80 and C = 20
-    assert score("soft_overlong_penalty", "a", "b", completion_ids=[[0] * 60, [0] * 70], **run) == [
-        0.0,
-        -0.5,
-    ]
-    assert score("cosine", right, answer=["1"], completion_ids=[[0] * 40], **run) == pytest.approx(
-        [0.75]
-    )
-    assert score("soft_overlong_penalty", "a", completion_ids=[[0] * 14336]) == [
-        -0.5
-    ]  # DAPO's 16384 and 4096
-    tiny = {
-        "trainer_state": types.SimpleNamespace(max_completion_length=2)
-    }  # a cache of one token, not of none
-    assert score("soft_overlong_penalty", "a", "b", completion_ids=[[0], [0] * 2], **tiny) == [
-        0.0,
-        -1.0,
-    ]
-    assert score("cosine", right, answer=["1"], completion_ids=[[0] * 500]) == pytest.approx(
-        [0.75]
-    )  # of 1000
+    got = score("soft_overlong_penalty", *"abcde", **tokens(80, 81, 90, 100, 101), **over)
+    assert got == [0.0, -0.05, -0.5, -1.0, -1.0]
+
+    # the run's length, where there is one: then L = 80 and C = 20
+    run = lambda n: {"trainer_state": types.SimpleNamespace(max_completion_length=n)}
+    assert score("soft_overlong_penalty", "a", "b", **tokens(60, 70), **run(80)) == [0.0, -0.5]
+    assert score("cosine", right, answer=["1"], **tokens(40), **run(80)) == pytest.approx([0.75])
+    # a cache of one token, not of none
+    assert score("soft_overlong_penalty", "a", "b", **tokens(1, 2), **run(2)) == [0.0, -1.0]
+    # none: DAPO's 16384 and 4096; and 1000
+    assert score("soft_overlong_penalty", "a", **tokens(14336)) == [-0.5]
+    assert score("cosine", right, answer=["1"], **tokens(500)) == pytest.approx([0.75])

@@ -1,4 +1,15 @@
-"""TODO"""
+"""The truths of training, on tiny models: whole trainers, models and files.
+
+rollout                the sampler draws from the policy that is scored, row by row
+log-probabilities      they and their gradients are those of the plainest computation there is
+LoRA in whole models   the base stays bit-equal; merging, snapshots and files lose nothing
+the update             its gradient is the loss's; steps, schedule and references are as they say
+training runs          every kind of model trains, and a reward that can be learnt rises
+rewards and data       each completion meets its own row's columns; prompts, order, EOS
+
+The formulas themselves are in test_math.py. What stands before the first section is shared: the
+tests in checks/ import it.
+"""
 
 import asyncio
 import contextlib
@@ -70,16 +81,11 @@ def tiny_model(seed: int = 0, config: type | None = None, dtype=torch.float32, *
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None}
     if config is None:
-        sizes |= {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        }
-        sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
-    return (
-        AutoModelForCausalLM.from_config((config or LlamaConfig)(**sizes | kwargs)).to(dtype).eval()
-    )
+        sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_config((config or LlamaConfig)(**sizes | kwargs))
+    return model.to(dtype).eval()
 
 
 def with_adapters(model, seed: int = 1, random: bool = True, **config):
@@ -95,10 +101,8 @@ def with_adapters(model, seed: int = 1, random: bool = True, **config):
 def prompts(lengths=(4, 7), seed: int = 0):
     """Left-padded prompts of random tokens: (P, L) ids and mask."""
     g = torch.Generator().manual_seed(seed)
-    ids, mask = (
-        torch.full((len(lengths), max(lengths)), PAD),
-        torch.zeros(len(lengths), max(lengths), dtype=torch.bool),
-    )
+    ids = torch.full((len(lengths), max(lengths)), PAD)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
     for row, n in enumerate(lengths):
         ids[row, -n:], mask[row, -n:] = torch.randint(5, VOCAB, (n,), generator=g), True
     return ids, mask
@@ -112,21 +116,17 @@ def sample(model, ids, mask, seed: int = 0, engine=grpo_lora, **kwargs) -> Rollo
 
 
 def one_by_one(model, rollout: Rollout, temperature: float = 0.7) -> torch.Tensor:
-    """The log-probs again, the simplest way there is: each row alone, no padding, no cache, the model's own logits."""
+    """The log-probs again, the simplest way there is: each row alone, without padding or cache,
+    from the model's own logits."""
     G, out = rollout.num_generations, torch.zeros(rollout.completion_ids.shape, dtype=torch.float64)
     with torch.no_grad():
-        for row, (ids, mask) in enumerate(
-            zip(rollout.completion_ids, rollout.completion_mask, strict=True)
-        ):
+        for row, mask in enumerate(rollout.completion_mask):
             prompt = rollout.prompt_ids[row // G][rollout.prompt_mask[row // G]]
-            whole = torch.cat([prompt, ids[mask]]).unsqueeze(0)
+            tokens = rollout.completion_ids[row][mask]  # (n,)
+            whole = torch.cat([prompt, tokens]).unsqueeze(0)
             logits = model(input_ids=whole).logits[0].double() / temperature
-            n = int(mask.sum())
-            out[row, :n] = (
-                logits.log_softmax(-1)[len(prompt) - 1 : -1]
-                .gather(1, ids[mask].unsqueeze(1))
-                .squeeze(1)
-            )
+            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]  # (n, V)
+            out[row, : len(tokens)] = logps.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return out
 
 
@@ -186,9 +186,8 @@ def test_rows_end_with_their_first_eos_and_are_padded_after_it():
     pad_is_eos = sample(
         model, ids, mask, num_generations=8, max_completion_length=12, pad_token_id=EOS
     )
-    assert torch.equal(
-        pad_is_eos.completion_mask, rollout.completion_mask
-    )  # the chosen EOS stays inside
+    # the chosen EOS stays inside
+    assert torch.equal(pad_is_eos.completion_mask, rollout.completion_mask)
     endless = sample(model, ids, mask, eos_token_ids=[])
     assert endless.completion_ids.shape == (6, 8) and endless.completion_mask.all()
     short = sample(model, ids, mask, eos_token_ids=range(5, 36), max_completion_length=20)
@@ -222,6 +221,20 @@ def test_what_a_row_draws_depends_on_no_other_row(split):
     ]
     for row, m, own in zip(together.completion_ids, together.completion_mask, rows, strict=True):
         assert torch.equal(row[m], own)
+
+
+def test_draws_need_no_generator_and_one_that_rounds_to_one_gives_the_last_token(monkeypatch):
+    model, (ids, mask) = tiny_model(), prompts()
+    torch.manual_seed(0)
+    first = sample(model, ids, mask, generator=None)
+    torch.manual_seed(0)
+    assert torch.equal(
+        first.completion_ids, sample(model, ids, mask, generator=None).completion_ids
+    )
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, **options: torch.ones(size, dtype=torch.float64)
+    )
+    assert (sample(model, ids, mask, eos_token_ids=[]).completion_ids == VOCAB - 1).all()
 
 
 def test_generation_leaves_the_model_as_it_was_and_acts_in_eval_mode():
@@ -261,20 +274,6 @@ def test_a_completion_of_t_tokens_takes_t_forwards_of_one_token_each_but_the_fir
     assert len(seen) == rollout.completion_ids.shape[1] < 20  # none after the last row has ended
 
 
-def test_draws_need_no_generator_and_one_that_rounds_to_one_gives_the_last_token(monkeypatch):
-    model, (ids, mask) = tiny_model(), prompts()
-    torch.manual_seed(0)
-    first = sample(model, ids, mask, generator=None)
-    torch.manual_seed(0)
-    assert torch.equal(
-        first.completion_ids, sample(model, ids, mask, generator=None).completion_ids
-    )
-    monkeypatch.setattr(
-        torch, "rand", lambda *size, **options: torch.ones(size, dtype=torch.float64)
-    )
-    assert (sample(model, ids, mask, eos_token_ids=[]).completion_ids == VOCAB - 1).all()
-
-
 def test_prompts_go_through_together_only_where_left_padding_is_safe():
     ids, mask = prompts((2, 4, 3))
 
@@ -300,12 +299,6 @@ def test_prompts_go_through_together_only_where_left_padding_is_safe():
         assert rows(model) == ([slice(0, 6)] if together else alone)
 
 
-def test_a_group_that_is_masked_whole_keeps_one_column():
-    rollout = sample(tiny_model(), *prompts())
-    rollout.completion_mask[:3] = False
-    assert rollout.select([0]).completion_ids.shape == (3, 1)
-
-
 def test_merged_and_unmerged_rollouts_are_the_same():
     model, (ids, mask) = with_adapters(tiny_model(dtype=torch.float64)), prompts()
     plain = sample(model, ids, mask)
@@ -315,7 +308,7 @@ def test_merged_and_unmerged_rollouts_are_the_same():
     torch.testing.assert_close(plain.logps, merged.logps)
 
 
-# ---------------------------------------------------------------------------------------- log-probs
+# -------------------------------------------------------------------------------- log-probabilities
 
 
 def test_left_padding_moves_no_position():
@@ -354,11 +347,14 @@ def test_log_probs_ignore_chunking_sharing_and_padding(seed, chunk, left, right)
         rollout.logps.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     plain, entropies = completion_logps(model, rollout, temperature=0.7, share_prompt=False)
+    pad = nn.functional.pad
     wider = Rollout(
-        nn.functional.pad(ids, (left, 0), value=3), nn.functional.pad(mask, (left, 0)),
-        nn.functional.pad(rollout.completion_ids, (0, right), value=5), nn.functional.pad(rollout.completion_mask, (0, right)),
-        nn.functional.pad(rollout.logps, (0, right)),
-    )  # fmt: skip
+        pad(ids, (left, 0), value=3),
+        pad(mask, (left, 0)),
+        pad(rollout.completion_ids, (0, right), value=5),
+        pad(rollout.completion_mask, (0, right)),
+        pad(rollout.logps, (0, right)),
+    )
     logps, entropies2 = completion_logps(model, wider, temperature=0.7, chunk_size=chunk)
     T = plain.shape[1]
     torch.testing.assert_close(logps[:, :T], plain)
@@ -395,110 +391,6 @@ def test_a_trained_head_gets_the_gradient_of_the_plain_computation(kind):
     wanted, got = gradients(model, plain), gradients(model, (logps * weights).sum())
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], atol=1e-4, rtol=1e-4)
-
-
-def test_scoring_changes_no_input():
-    model = with_adapters(tiny_model())
-    rollout = sample(model, *prompts())
-    before = copy.deepcopy(rollout)
-    for share in (True, False):
-        logps, _ = completion_logps(model, rollout, temperature=0.7, share_prompt=share)
-        logps.sum().backward()
-    for f in dataclasses.fields(Rollout):
-        assert torch.equal(getattr(rollout, f.name), getattr(before, f.name))
-
-
-def test_a_failed_merge_leaves_nothing_merged_and_frozen_adapters_can_be_merged(monkeypatch):
-    model, (ids, _) = with_adapters(tiny_model()), prompts()
-    out, calls = model(ids).logits, []
-    original = LoRALinear.merged_weight
-
-    def third_fails(layer):
-        calls.append(layer)
-        if len(calls) == 3:
-            raise MemoryError
-        return original(layer)
-
-    monkeypatch.setattr(LoRALinear, "merged_weight", third_fails)
-    with pytest.raises(MemoryError), lora_merged(model):
-        pass
-    assert torch.equal(model(ids).logits, out) and all(m.merged is None for m in calls)
-    model(ids).logits.sum().backward()
-    with lora_snapshot(model)(), lora_merged(model), torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, out, atol=1e-5, rtol=1e-5)
-
-
-def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path):
-    save_lora(with_adapters(tiny_model(), r=2), tmp_path / "right")
-    save_lora(with_adapters(tiny_model(hidden_size=16)), tmp_path / "wrong")
-    model, (ids, _) = tiny_model(), prompts()
-    out, flags = model(ids).logits, [p.requires_grad for p in model.parameters()]
-    for refused in (
-        lambda: load_lora(model, tmp_path / "wrong"),
-        lambda: apply_lora(
-            model, LoRAConfig(r=20, init_lora_weights="pissa", rank_pattern={"q_proj": 4})
-        ),
-    ):
-        with pytest.raises(ValueError):
-            refused()
-        assert torch.equal(model(ids).logits, out) and flags == [
-            p.requires_grad for p in model.parameters()
-        ]
-    load_lora(model, tmp_path / "right")
-
-
-def test_masks_of_numbers_are_masks():
-    model, (ids, mask) = with_adapters(tiny_model()), prompts()
-    rollout = sample(model, ids, mask.long())
-    numbers = Rollout(
-        ids, mask.long(), rollout.completion_ids, rollout.completion_mask.float(), rollout.logps
-    )
-    assert torch.equal(
-        *(completion_logps(model, r, temperature=0.7)[0] for r in (rollout, numbers))
-    )
-
-
-def test_a_rollout_without_tokens_to_train_has_zero_gradient():
-    model = with_adapters(tiny_model())
-    rollout = sample(model, *prompts())
-    rollout.completion_mask = torch.zeros_like(rollout.completion_mask)
-    logps, _ = completion_logps(model, rollout, temperature=1.0)
-    assert not logps.any() and not any(g.any() for g in gradients(model, logps.sum()).values())
-
-
-def test_no_tensor_has_the_size_of_completion_times_vocabulary():
-    """With a vocabulary of 262,144, scoring 64 tokens a few at a time never holds 64 rows of logits."""
-    model = tiny_model(
-        vocab_size=262_144,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    model = with_adapters(model)
-    ids = torch.randint(5, 1000, (1, 4))
-    completions = torch.randint(5, 1000, (4, 16))
-    rollout = Rollout(
-        ids,
-        torch.ones_like(ids).bool(),
-        completions,
-        torch.ones_like(completions).bool(),
-        torch.zeros(4, 16),
-    )
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else [out]:
-                largest = max(largest, t.numel() if isinstance(t, torch.Tensor) else 0)
-            return out
-
-    with Watch():
-        logps, _ = completion_logps(model, rollout, temperature=1.0, chunk_size=4)
-        logps.sum().backward()
-    assert largest <= 8 * 262_144  # the weights themselves; the logits would be 64 rows
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -556,7 +448,108 @@ def test_one_step_of_a_whole_lora_model_by_finite_differences():
             ), name
 
 
-# ------------------------------------------------------------------------------------------- models
+def test_no_tensor_has_the_size_of_completion_times_vocabulary():
+    """With a vocabulary of 262,144, scoring 64 tokens a few at a time never holds 64 rows of
+    logits."""
+    model = tiny_model(
+        vocab_size=262_144,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = with_adapters(model)
+    ids = torch.randint(5, 1000, (1, 4))
+    completions = torch.randint(5, 1000, (4, 16))
+    rollout = Rollout(
+        ids,
+        torch.ones_like(ids).bool(),
+        completions,
+        torch.ones_like(completions).bool(),
+        torch.zeros(4, 16),
+    )
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                largest = max(largest, t.numel() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    with Watch():
+        logps, _ = completion_logps(model, rollout, temperature=1.0, chunk_size=4)
+        logps.sum().backward()
+    assert largest <= 8 * 262_144  # the weights themselves; the logits would be 64 rows
+
+
+def test_scoring_changes_no_input():
+    model = with_adapters(tiny_model())
+    rollout = sample(model, *prompts())
+    before = copy.deepcopy(rollout)
+    for share in (True, False):
+        logps, _ = completion_logps(model, rollout, temperature=0.7, share_prompt=share)
+        logps.sum().backward()
+    for f in dataclasses.fields(Rollout):
+        assert torch.equal(getattr(rollout, f.name), getattr(before, f.name))
+
+
+def test_masks_of_numbers_are_masks():
+    model, (ids, mask) = with_adapters(tiny_model()), prompts()
+    rollout = sample(model, ids, mask.long())
+    numbers = Rollout(
+        ids, mask.long(), rollout.completion_ids, rollout.completion_mask.float(), rollout.logps
+    )
+    assert torch.equal(
+        *(completion_logps(model, r, temperature=0.7)[0] for r in (rollout, numbers))
+    )
+
+
+def test_a_group_that_is_masked_whole_keeps_one_column():
+    rollout = sample(tiny_model(), *prompts())
+    rollout.completion_mask[:3] = False
+    assert rollout.select([0]).completion_ids.shape == (3, 1)
+
+
+def test_a_rollout_without_tokens_to_train_has_zero_gradient():
+    model = with_adapters(tiny_model())
+    rollout = sample(model, *prompts())
+    rollout.completion_mask = torch.zeros_like(rollout.completion_mask)
+    logps, _ = completion_logps(model, rollout, temperature=1.0)
+    assert not logps.any() and not any(g.any() for g in gradients(model, logps.sum()).values())
+
+
+def test_models_that_cannot_be_right_are_refused():
+    empty = tiny_model()
+    empty.forward = lambda **kwargs: None
+    with pytest.raises(ValueError, match="forward does not call its decoder, LlamaModel"):
+        CausalLM(empty).logits(torch.zeros(1, 32))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        CausalLM(
+            transformers.T5ForConditionalGeneration(
+                transformers.T5Config(
+                    vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
+                )
+            )
+        )
+    gemma = transformers.Gemma3TextConfig(
+        hidden_size=8, vocab_size=9, num_hidden_layers=1, use_bidirectional_attention=True
+    )
+    with pytest.raises(ValueError, match="later tokens"):
+        CausalLM(AutoModelForCausalLM.from_config(gemma))
+    bert = transformers.BertConfig(
+        hidden_size=8, intermediate_size=8, vocab_size=9, num_hidden_layers=1, num_attention_heads=1
+    )
+    with pytest.raises(ValueError, match="encoder, whose tokens see later ones"):
+        CausalLM(transformers.BertLMHeadModel(bert))
+    with pytest.raises(ValueError, match="already carries"):
+        apply_lora(with_adapters(tiny_model()), LoRAConfig())
+    with pytest.raises(ValueError, match="no LoRA adapter"), lora_disabled(tiny_model()):
+        pass
+
+
+# ----------------------------------------------------------------------------- LoRA in whole models
 
 
 @given(seed=st.integers(0, 999), dora=st.booleans(), tied=st.booleans())
@@ -617,6 +610,75 @@ def test_merging_an_adapted_head_leaves_the_tied_embedding_alone(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(ids).logits, out)
     assert torch.equal(again(ids).logits, plain(ids).logits)
+
+
+def test_a_failed_merge_leaves_nothing_merged_and_frozen_adapters_can_be_merged(monkeypatch):
+    model, (ids, _) = with_adapters(tiny_model()), prompts()
+    out, calls = model(ids).logits, []
+    original = LoRALinear.merged_weight
+
+    def third_fails(layer):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise MemoryError
+        return original(layer)
+
+    monkeypatch.setattr(LoRALinear, "merged_weight", third_fails)
+    with pytest.raises(MemoryError), lora_merged(model):
+        pass
+    assert torch.equal(model(ids).logits, out) and all(m.merged is None for m in calls)
+    model(ids).logits.sum().backward()
+    with lora_snapshot(model)(), lora_merged(model), torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, out, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_and_unloaded_model_is_trainable_tied_as_before_and_the_file_names_its_base(
+    tmp_path,
+):
+    model = with_adapters(tiny_model(tie_word_embeddings=True))
+    model.config._name_or_path = "some/base"
+    save_lora(model, tmp_path)
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "some/base"
+    )
+    merged = merge_and_unload(model)
+    assert all(p.requires_grad for p in merged.parameters()) and merged.config.tie_word_embeddings
+    assert not hasattr(merged, "lora_config")
+
+
+def test_a_snapshot_is_the_policy_of_its_moment():
+    for model in (with_adapters(tiny_model()), tiny_model(tie_word_embeddings=True)):
+        ids = torch.randint(0, VOCAB, (2, 5))
+        before, snapshot = model(ids).logits, lora_snapshot(model)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.1
+        after = model(ids).logits
+        with pytest.raises(KeyError), snapshot():
+            assert not model(ids).logits.requires_grad  # frozen: nothing can be learnt through it
+            assert torch.equal(model(ids).logits, before)
+            raise KeyError
+        assert torch.equal(model(ids).logits, after) and not torch.equal(after, before)
+
+
+def test_modules_to_save_are_not_adapted_inside():
+    model = with_adapters(tiny_model(), modules_to_save=["mlp"])
+    assert not [
+        name for name, m in model.named_modules() if isinstance(m, LoRALinear) and "mlp" in name
+    ]
+    assert len([m for m in model.modules() if isinstance(m, TrainedCopy)]) == 2
+
+
+def test_in_the_loss_forward_adapter_dropout_acts_and_no_other():
+    model = with_adapters(tiny_model(attention_dropout=0.5), lora_dropout=0.5)
+    with evaluating(model, adapter_dropout=True):
+        acting = {name for name, m in model.named_modules() if m.training}
+    assert (
+        acting == {name for name, m in model.named_modules() if name.endswith("lora_dropout")}
+        and len(acting) == 14
+    )
 
 
 ADAPTERS = {
@@ -704,112 +766,34 @@ def test_an_adapter_file_that_does_not_fit_is_refused_by_name(damage, words, tmp
             load_lora(tiny_model(), tmp_path)
 
 
-def test_a_snapshot_is_the_policy_of_its_moment():
-    for model in (with_adapters(tiny_model()), tiny_model(tie_word_embeddings=True)):
-        ids = torch.randint(0, VOCAB, (2, 5))
-        before, snapshot = model(ids).logits, lora_snapshot(model)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    p += 0.1
-        after = model(ids).logits
-        with pytest.raises(KeyError), snapshot():
-            assert not model(ids).logits.requires_grad  # frozen: nothing can be learnt through it
-            assert torch.equal(model(ids).logits, before)
-            raise KeyError
-        assert torch.equal(model(ids).logits, after) and not torch.equal(after, before)
+def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path):
+    save_lora(with_adapters(tiny_model(), r=2), tmp_path / "right")
+    save_lora(with_adapters(tiny_model(hidden_size=16)), tmp_path / "wrong")
+    model, (ids, _) = tiny_model(), prompts()
+    out, flags = model(ids).logits, [p.requires_grad for p in model.parameters()]
+    for refused in (
+        lambda: load_lora(model, tmp_path / "wrong"),
+        lambda: apply_lora(
+            model, LoRAConfig(r=20, init_lora_weights="pissa", rank_pattern={"q_proj": 4})
+        ),
+    ):
+        with pytest.raises(ValueError):
+            refused()
+        assert torch.equal(model(ids).logits, out) and flags == [
+            p.requires_grad for p in model.parameters()
+        ]
+    load_lora(model, tmp_path / "right")
 
 
-def test_a_merged_and_unloaded_model_is_trainable_tied_as_before_and_the_file_names_its_base(
-    tmp_path,
-):
-    model = with_adapters(tiny_model(tie_word_embeddings=True))
-    model.config._name_or_path = "some/base"
-    save_lora(model, tmp_path)
-    assert (
-        json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
-        == "some/base"
-    )
-    merged = merge_and_unload(model)
-    assert all(p.requires_grad for p in merged.parameters()) and merged.config.tie_word_embeddings
-    assert not hasattr(merged, "lora_config")
-
-
-def test_modules_to_save_are_not_adapted_inside():
-    model = with_adapters(tiny_model(), modules_to_save=["mlp"])
-    assert not [
-        name for name, m in model.named_modules() if isinstance(m, LoRALinear) and "mlp" in name
-    ]
-    assert len([m for m in model.modules() if isinstance(m, TrainedCopy)]) == 2
-
-
-def test_in_the_loss_forward_adapter_dropout_acts_and_no_other():
-    model = with_adapters(tiny_model(attention_dropout=0.5), lora_dropout=0.5)
-    with evaluating(model, adapter_dropout=True):
-        acting = {name for name, m in model.named_modules() if m.training}
-    assert (
-        acting == {name for name, m in model.named_modules() if name.endswith("lora_dropout")}
-        and len(acting) == 14
-    )
-
-
-def test_models_that_cannot_be_right_are_refused():
-    empty = tiny_model()
-    empty.forward = lambda **kwargs: None
-    with pytest.raises(ValueError, match="forward does not call its decoder, LlamaModel"):
-        CausalLM(empty).logits(torch.zeros(1, 32))
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        CausalLM(
-            transformers.T5ForConditionalGeneration(
-                transformers.T5Config(
-                    vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
-                )
-            )
-        )
-    gemma = transformers.Gemma3TextConfig(
-        hidden_size=8, vocab_size=9, num_hidden_layers=1, use_bidirectional_attention=True
-    )
-    with pytest.raises(ValueError, match="later tokens"):
-        CausalLM(AutoModelForCausalLM.from_config(gemma))
-    bert = transformers.BertConfig(
-        hidden_size=8, intermediate_size=8, vocab_size=9, num_hidden_layers=1, num_attention_heads=1
-    )
-    with pytest.raises(ValueError, match="encoder, whose tokens see later ones"):
-        CausalLM(transformers.BertLMHeadModel(bert))
-    with pytest.raises(ValueError, match="already carries"):
-        apply_lora(with_adapters(tiny_model()), LoRAConfig())
-    with pytest.raises(ValueError, match="no LoRA adapter"), lora_disabled(tiny_model()):
-        pass
-
-
-# ----------------------------------------------------------------------------------------- training
-
-
-@pytest.mark.parametrize(
-    "args",
-    [{}, {"loss_type": "grpo", "beta": 0.1}, {"loss_type": "dr_grpo", "top_entropy_quantile": 0.3}],
-)
-def test_the_update_does_not_depend_on_the_micro_batch_split(args):
-    seen = []
-    for size in (4, 8, 16):
-        t = trainer(
-            with_adapters(tiny_model(dtype=torch.float64)), per_device_train_batch_size=size, **args
-        )
-        metrics = update(t)
-        seen.append(({name: p.grad.clone() for name, p in t.params.items()}, metrics))
-    for grads, metrics in seen[1:]:
-        for name in grads:
-            torch.testing.assert_close(grads[name], seen[0][0][name], atol=1e-6, rtol=1e-5)
-        for key in ("loss", "entropy", "grad_norm", "reward", GAP):
-            assert metrics[key] == pytest.approx(seen[0][1][key], rel=1e-5, abs=1e-9), key
+# --------------------------------------------------------------------------------------- the update
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo"])
 def test_the_update_is_the_sum_over_rows_of_minus_a_grad_logp_under_the_normaliser(loss_type):
-    """Groups without advantage are skipped and micro-batches split, yet the gradient is that of the whole batch."""
-    pattern = (
-        [1.0, 0.0, 0.0, 0.5] * 2 + [1.0] * 4 + [0.0] * 4
-    )  # two of the four groups have equal rewards
+    """Groups without advantage are skipped and micro-batches split, yet the gradient is that of the
+    whole batch."""
+    # two of the four groups have equal rewards
+    pattern = [1.0, 0.0, 0.0, 0.5] * 2 + [1.0] * 4 + [0.0] * 4
     t = trainer(
         reward=lambda completions, **columns: pattern,
         loss_type=loss_type,
@@ -834,6 +818,25 @@ def test_the_update_is_the_sum_over_rows_of_minus_a_grad_logp_under_the_normalis
     wanted = gradients(before, -(A.unsqueeze(1) * logps * weight).sum())
     for name, p in t.params.items():
         torch.testing.assert_close(p.grad, wanted[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [{}, {"loss_type": "grpo", "beta": 0.1}, {"loss_type": "dr_grpo", "top_entropy_quantile": 0.3}],
+)
+def test_the_update_does_not_depend_on_the_micro_batch_split(args):
+    seen = []
+    for size in (4, 8, 16):
+        t = trainer(
+            with_adapters(tiny_model(dtype=torch.float64)), per_device_train_batch_size=size, **args
+        )
+        metrics = update(t)
+        seen.append(({name: p.grad.clone() for name, p in t.params.items()}, metrics))
+    for grads, metrics in seen[1:]:
+        for name in grads:
+            torch.testing.assert_close(grads[name], seen[0][0][name], atol=1e-6, rtol=1e-5)
+        for key in ("loss", "entropy", "grad_norm", "reward", GAP):
+            assert metrics[key] == pytest.approx(seen[0][1][key], rel=1e-5, abs=1e-9), key
 
 
 def test_a_batch_without_advantage_has_zero_gradients_and_is_still_a_step():
@@ -892,9 +895,8 @@ def test_the_reference_is_the_policy_that_training_starts_from(tmp_path):
     ):
         assert isinstance(default_reference(model), lora_snapshot)
     mixed = with_adapters(tiny_model(), random=False)
-    mixed.model.norm.weight.requires_grad_(
-        True
-    )  # trainable, but not switched off with the adapters
+    # trainable, but not switched off with the adapters
+    mixed.model.norm.weight.requires_grad_(True)
     assert isinstance(default_reference(mixed), lora_snapshot)
     for model in (fresh, load_lora(tiny_model(), tmp_path), tiny_model(), mixed):
         t = trainer(model, beta=0.1, learning_rate=1e-3)
@@ -930,6 +932,22 @@ def test_truncated_rows_can_be_left_out_and_keep_their_place_in_the_statistics()
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
 
 
+def test_tokens_as_uncertain_as_the_threshold_count():
+    t = trainer(top_entropy_quantile=0.5)
+    rollout = sample(t.model, *prompts(), eos_token_ids=[])
+    batches = [grpo_lora.MicroBatch([p], rollout.select([p]), torch.zeros(3)) for p in (0, 1)]
+
+    def counted(entropies):  # (6, 8), three rows in each micro-batch
+        parts = iter(entropies.split(3))
+        t.logps = lambda rollout: (None, next(parts))
+        t.mark_uncertain_tokens(batches)
+        return torch.cat([batch.policy_mask for batch in batches])
+
+    assert counted(torch.full((6, 8), 0.3)).all()  # all as uncertain: none is left out
+    levels = torch.tensor([1.0, 2.0, 3.0]).repeat(16).view(6, 8)
+    assert torch.equal(counted(levels), levels >= 2)  # the median is 2, and a third have it
+
+
 def test_the_logged_loss_is_that_of_the_whole_batch():
     t = trainer(with_adapters(tiny_model()), loss_type="dapo")
     losses = []
@@ -946,6 +964,157 @@ def test_the_logged_loss_is_that_of_the_whole_batch():
         sum(loss.item() for loss, _ in losses)
     )
     assert metrics["grad_norm"] > 0
+
+
+def test_a_policy_that_is_nan_is_noticed_where_no_group_has_an_advantage():
+    t = trainer(reward=lambda completions, **columns: [1.0] * len(completions))
+    assert update(t)["skipped_updates"] == 0
+    next(p for name, p in t.params.items() if "lora_B" in name).detach().fill_(math.nan)
+    assert update(t)["skipped_updates"] == 1
+
+
+def test_a_skipped_update_leaves_the_weights_and_still_counts_in_the_schedule():
+    t = trainer(max_steps=4, lr_scheduler_type="linear", learning_rate=0.1)
+    factor = {0: 1.0, 1: math.nan, 2: 1.0}
+    next(iter(t.params.values())).register_hook(lambda gradient: gradient * factor[index])
+    for index, rate in enumerate((0.1, 0.075, 0.05)):
+        before = adapters_of(t.model)
+        metrics = update(t, index)
+        assert metrics["learning_rate"] == pytest.approx(rate)
+        assert metrics["skipped_updates"] == (index == 1)
+        same = all(torch.equal(before[name], p) for name, p in t.params.items())
+        assert same == (index == 1)
+
+
+def changes(**args) -> dict[str, torch.Tensor]:
+    """What one update does to each trained tensor of a model with random adapters and a copy."""
+    model = with_adapters(tiny_model(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    before, t = adapters_of(model), trainer(model, **args)
+    update(t)
+    return {name: p.detach() - before[name] for name, p in t.params.items()}
+
+
+def test_weight_decay_takes_its_share_of_each_weight_off_besides_the_step():
+    model = with_adapters(tiny_model(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    plain, decayed = changes(), changes(weight_decay=0.5)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(decayed[name], plain[name] - 1e-2 * 0.5 * p.detach())
+
+
+def test_lora_plus_ratio_multiplies_the_step_of_b_and_of_nothing_else():
+    plain, plus = changes(), changes(lora_plus_ratio=4.0)
+    for name, change in plain.items():
+        ratio = 4.0 if "lora_B" in name else 1.0
+        torch.testing.assert_close(plus[name], ratio * change, atol=1e-6, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ training runs
+
+
+def test_the_default_learning_rate_follows_width_alpha_and_method():
+    rate = lambda width=32, **config: grpo_lora.default_learning_rate(
+        with_adapters(tiny_model(hidden_size=width), random=False, **config)
+    )
+    assert rate(lora_alpha=32) == pytest.approx(1.25e-4 * (2000 / 32) ** 0.78, rel=0.05)
+    assert rate(lora_alpha=8) == pytest.approx(4 * rate(lora_alpha=32), rel=0.05)
+    assert rate(r=1) == rate(r=16)  # s = α/r: the rank cancels
+    assert rate(r=16, use_rslora=True) == pytest.approx(rate(r=4, use_rslora=True) / 2, rel=0.05)
+    assert rate(width=64) == pytest.approx(rate(width=32) / 2**0.78, rel=0.05)
+    assert grpo_lora.default_learning_rate(tiny_model()) == pytest.approx(
+        rate(lora_alpha=32) / 10, rel=0.05
+    )
+    t = trainer(learning_rate=None)
+    assert t.args.learning_rate == t.optimizer.param_groups[0]["lr"] == rate()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["full", "mixed", "dora+", "pissa", "bf16", "checkpointed", "gpt2", "mamba", "two rewards"],
+)
+def test_every_kind_of_model_trains(kind):
+    args, reward = {"max_steps": 2, "beta": 0.01}, digits
+    if kind == "full":
+        model = tiny_model()
+    elif kind == "mixed":
+        model = with_adapters(tiny_model(), modules_to_save=["lm_head"], random=False)
+    elif kind == "dora+":
+        model, args = (
+            with_adapters(tiny_model(), use_dora=True, lora_dropout=0.1, random=False),
+            {"lora_plus_ratio": 4.0},
+        )
+    elif kind == "pissa":
+        model = with_adapters(tiny_model(), init_lora_weights="pissa", random=False)
+    elif kind == "bf16":
+        model = with_adapters(tiny_model(dtype=torch.bfloat16), random=False)
+    elif kind == "gpt2":
+        model = with_adapters(
+            tiny_model(config=GPT2Config, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+            random=False,
+        )
+    elif kind == "mamba":
+        model = with_adapters(
+            tiny_model(config=MambaConfig, hidden_size=32, num_hidden_layers=2, state_size=4),
+            random=False,
+        )
+    else:
+        model = with_adapters(tiny_model(), random=False)
+        args |= {"gradient_checkpointing": kind == "checkpointed"}
+        reward = [digits, digits] if kind == "two rewards" else digits
+    before = adapters_of(model)
+    metrics = trainer(model, reward, **args).train()
+    gap = 0.05 if kind in ("bf16", "dora+") else 1e-4  # rounding, dropout
+    assert metrics["grad_norm"] > 0 and metrics[GAP] < gap
+    assert (
+        sum(not torch.equal(before[name], p) for name, p in adapters_of(model).items())
+        >= len(before) / 2
+    )
+    if kind == "two rewards":
+        assert metrics["reward"] == pytest.approx(
+            metrics["rewards/digits_0/mean"] + metrics["rewards/digits_1/mean"]
+        )
+
+
+def test_training_with_activation_checkpointing_moves_every_adapter():
+    t = trainer(gradient_checkpointing=True)
+    update(t)
+    assert all(p.grad.any() for name, p in t.params.items() if "lora_B" in name)
+
+
+def test_reward_rises_on_a_task_that_can_be_learnt():
+    first_token = lambda completion_ids, **columns: [float(ids[0] == 20) for ids in completion_ids]
+    model = with_adapters(tiny_model(), random=False, target_modules=["down_proj", "lm_head"])
+    sizes = {"max_completion_length": 2, "prompts_per_step": 8, "num_generations": 8}
+    t = trainer(model, first_token, max_steps=25, learning_rate=0.03, **sizes)
+    assert update(t)["reward"] < 0.3
+    assert t.train()["reward"] > 0.9
+
+
+def test_a_trainer_that_cannot_work_says_so():
+    for words, make in [
+        ("no trainable parameter", lambda: trainer(tiny_model().requires_grad_(False))),
+        (
+            "lora_dropout",
+            lambda: trainer(with_adapters(tiny_model(), lora_dropout=0.1), num_iterations=2),
+        ),
+        ("reward_weights", lambda: trainer(reward_weights=[1.0, 2.0])),
+        ("at least one reward", lambda: trainer(reward=[])),
+        ("row 1: 'prompt'", lambda: trainer(rows=[ROWS[0], {"answer": "3"}])),
+        (
+            "row 0: reward accuracy_reward: missing a required.*'answer'",
+            lambda: trainer(reward="accuracy", rows=[{"prompt": "1"}]),
+        ),
+        (
+            "row 0: the prompt has 80 tokens; between 1 and 56 fit",
+            lambda: trainer(rows=[{"prompt": "1+" * 40}]),
+        ),
+        ("data set is empty", lambda: trainer(rows=[])),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+# --------------------------------------------------------------------------------- rewards and data
 
 
 def test_each_completion_is_graded_with_its_own_row():
@@ -1001,41 +1170,6 @@ def test_each_row_is_graded_by_its_answer_or_its_solution():
     assert sorted(seen["answer"]) == ["2"] * 4 + ["4"] * 4
 
 
-def test_a_policy_that_is_nan_is_noticed_where_no_group_has_an_advantage():
-    t = trainer(reward=lambda completions, **columns: [1.0] * len(completions))
-    assert update(t)["skipped_updates"] == 0
-    next(p for name, p in t.params.items() if "lora_B" in name).detach().fill_(math.nan)
-    assert update(t)["skipped_updates"] == 1
-
-
-def test_the_default_learning_rate_follows_width_alpha_and_method():
-    rate = lambda width=32, **config: grpo_lora.default_learning_rate(
-        with_adapters(tiny_model(hidden_size=width), random=False, **config)
-    )
-    assert rate(lora_alpha=32) == pytest.approx(1.25e-4 * (2000 / 32) ** 0.78, rel=0.05)
-    assert rate(lora_alpha=8) == pytest.approx(4 * rate(lora_alpha=32), rel=0.05)
-    assert rate(r=1) == rate(r=16)  # s = α/r: the rank cancels
-    assert rate(r=16, use_rslora=True) == pytest.approx(rate(r=4, use_rslora=True) / 2, rel=0.05)
-    assert rate(width=64) == pytest.approx(rate(width=32) / 2**0.78, rel=0.05)
-    assert grpo_lora.default_learning_rate(tiny_model()) == pytest.approx(
-        rate(lora_alpha=32) / 10, rel=0.05
-    )
-    t = trainer(learning_rate=None)
-    assert t.args.learning_rate == t.optimizer.param_groups[0]["lr"] == rate()
-
-
-def test_what_rewards_log_is_a_mean_over_the_evaluation_and_must_fit():
-    def counts(completions, log_metric, log_extra, **columns):
-        log_metric("rows", torch.tensor(len(completions)))
-        log_extra("x", [1] * (len(completions) if columns.get("fits", True) else 1))
-        return [0.0] * len(completions)
-
-    t = trainer(reward=counts, eval_rows=ROWS[:5], prompts_per_step=1, num_generations=2)
-    assert t.evaluate()["eval_rows"] == pytest.approx((2 + 2 + 1) / 3)
-    with pytest.raises(RewardError, match="log_extra"):
-        update(trainer(reward=lambda **c: counts(c.pop("completions"), **c | {"fits": False})))
-
-
 async def slow_reward(completions, **columns):
     await asyncio.sleep(0)
     return [0.5] * len(completions)
@@ -1051,24 +1185,6 @@ def test_rewards_may_be_async_may_say_none_and_are_weighted():
     assert [s["rewards/slow_reward"] for s in t.samples] == [0.5] * 16
     t = trainer(reward=lambda completions, **columns: [None] * len(completions))
     assert math.isnan(update(t)["reward"]) and not any(p.grad.any() for p in t.params.values())
-
-
-def test_names_that_rewards_log_do_not_stand_in_for_ours(tmp_path):
-    def shadows(completions, log_extra, log_metric, **columns):
-        for name in ("length", "ended", "step", "advantage", "note"):
-            log_extra(name, ["x"] * len(completions))
-        for name in ("step", "reward", "grad_norm", "num_tokens", "mine"):
-            log_metric(name, -1.0)
-        return digits(completions)
-
-    metrics = trainer(reward=shadows, output_dir=str(tmp_path)).train()
-    assert (
-        metrics["step"] == 2
-        and min(metrics[k] for k in ("reward", "grad_norm", "num_tokens")) >= 0 > metrics["mine"]
-    )
-    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
-    sample = lines(tmp_path / "completions.jsonl")[0]
-    assert sample["step"] == 1 and sample["note"] == "x" and isinstance(sample["length"], int)
 
 
 def test_an_async_reward_runs_inside_a_running_event_loop_too():
@@ -1107,38 +1223,34 @@ def test_a_reward_that_fails_is_named(what, words):
         update(trainer(reward=broken(what)))
 
 
-def test_a_trainer_that_cannot_work_says_so():
-    for words, make in [
-        ("no trainable parameter", lambda: trainer(tiny_model().requires_grad_(False))),
-        (
-            "lora_dropout",
-            lambda: trainer(with_adapters(tiny_model(), lora_dropout=0.1), num_iterations=2),
-        ),
-        ("reward_weights", lambda: trainer(reward_weights=[1.0, 2.0])),
-        ("at least one reward", lambda: trainer(reward=[])),
-        ("row 1: 'prompt'", lambda: trainer(rows=[ROWS[0], {"answer": "3"}])),
-        (
-            "row 0: reward accuracy_reward: missing a required.*'answer'",
-            lambda: trainer(reward="accuracy", rows=[{"prompt": "1"}]),
-        ),
-        (
-            "row 0: the prompt has 80 tokens; between 1 and 56 fit",
-            lambda: trainer(rows=[{"prompt": "1+" * 40}]),
-        ),
-        ("data set is empty", lambda: trainer(rows=[])),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            make()
+def test_what_rewards_log_is_a_mean_over_the_evaluation_and_must_fit():
+    def counts(completions, log_metric, log_extra, **columns):
+        log_metric("rows", torch.tensor(len(completions)))
+        log_extra("x", [1] * (len(completions) if columns.get("fits", True) else 1))
+        return [0.0] * len(completions)
+
+    t = trainer(reward=counts, eval_rows=ROWS[:5], prompts_per_step=1, num_generations=2)
+    assert t.evaluate()["eval_rows"] == pytest.approx((2 + 2 + 1) / 3)
+    with pytest.raises(RewardError, match="log_extra"):
+        update(trainer(reward=lambda **c: counts(c.pop("completions"), **c | {"fits": False})))
 
 
-def test_every_eos_id_of_the_tokenizer_and_the_generation_config_counts():
-    model = tiny_model()
-    model.generation_config.eos_token_id = [EOS, 7, 9]
-    t = trainer(with_adapters(model))
-    assert t.eos_token_ids == [EOS, 7, 9]
-    update(t)
-    ends = [i for i, s in enumerate(t.samples) if s["ended"] and s["length"] < 8]
-    assert ends and all(s["ended"] or s["length"] == 8 for s in t.samples)
+def test_names_that_rewards_log_do_not_stand_in_for_ours(tmp_path):
+    def shadows(completions, log_extra, log_metric, **columns):
+        for name in ("length", "ended", "step", "advantage", "note"):
+            log_extra(name, ["x"] * len(completions))
+        for name in ("step", "reward", "grad_norm", "num_tokens", "mine"):
+            log_metric(name, -1.0)
+        return digits(completions)
+
+    metrics = trainer(reward=shadows, output_dir=str(tmp_path)).train()
+    assert (
+        metrics["step"] == 2
+        and min(metrics[k] for k in ("reward", "grad_norm", "num_tokens")) >= 0 > metrics["mine"]
+    )
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    sample = lines(tmp_path / "completions.jsonl")[0]
+    assert sample["step"] == 1 and sample["note"] == "x" and isinstance(sample["length"], int)
 
 
 def test_prompts_take_the_chat_template_the_system_prompt_or_neither():
@@ -1149,6 +1261,16 @@ def test_prompts_take_the_chat_template_the_system_prompt_or_neither():
     assert decode("1+2", TOKENIZER, "3") == decode(chat, TOKENIZER, "3") != decode(chat, TOKENIZER)
     begun = [*chat, {"role": "assistant", "content": "<think>1"}]
     assert decode(begun, TOKENIZER) == "<user>1+2<end><assistant><think>1"
+
+
+def test_every_eos_id_of_the_tokenizer_and_the_generation_config_counts():
+    model = tiny_model()
+    model.generation_config.eos_token_id = [EOS, 7, 9]
+    t = trainer(with_adapters(model))
+    assert t.eos_token_ids == [EOS, 7, 9]
+    update(t)
+    ends = [i for i, s in enumerate(t.samples) if s["ended"] and s["length"] < 8]
+    assert ends and all(s["ended"] or s["length"] == 8 for s in t.samples)
 
 
 def test_data_order_is_a_permutation_each_epoch_and_a_function_of_the_seed():
@@ -1164,66 +1286,3 @@ def test_data_order_is_a_permutation_each_epoch_and_a_function_of_the_seed():
         == key(t.batch(3))
         != key(trainer(rows=ROWS[:10], seed=1).batch(3))
     )
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["full", "mixed", "dora+", "pissa", "bf16", "checkpointed", "gpt2", "mamba", "two rewards"],
-)
-def test_every_kind_of_model_trains(kind):
-    args, reward = {"max_steps": 2, "beta": 0.01}, digits
-    if kind == "full":
-        model = tiny_model()
-    elif kind == "mixed":
-        model = with_adapters(tiny_model(), modules_to_save=["lm_head"], random=False)
-    elif kind == "dora+":
-        model, args = (
-            with_adapters(tiny_model(), use_dora=True, lora_dropout=0.1, random=False),
-            {"lora_plus_ratio": 4.0},
-        )
-    elif kind == "pissa":
-        model = with_adapters(tiny_model(), init_lora_weights="pissa", random=False)
-    elif kind == "bf16":
-        model = with_adapters(tiny_model(dtype=torch.bfloat16), random=False)
-    elif kind == "gpt2":
-        model = with_adapters(
-            tiny_model(config=GPT2Config, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-            random=False,
-        )
-    elif kind == "mamba":
-        model = with_adapters(
-            tiny_model(config=MambaConfig, hidden_size=32, num_hidden_layers=2, state_size=4),
-            random=False,
-        )
-    else:
-        model = with_adapters(tiny_model(), random=False)
-        args |= {"gradient_checkpointing": kind == "checkpointed"}
-        reward = [digits, digits] if kind == "two rewards" else digits
-    before = adapters_of(model)
-    metrics = trainer(model, reward, **args).train()
-    assert metrics["grad_norm"] > 0 and metrics[GAP] < (
-        0.05 if kind in ("bf16", "dora+") else 1e-4
-    )  # rounding, dropout
-    assert (
-        sum(not torch.equal(before[name], p) for name, p in adapters_of(model).items())
-        >= len(before) / 2
-    )
-    if kind == "two rewards":
-        assert metrics["reward"] == pytest.approx(
-            metrics["rewards/digits_0/mean"] + metrics["rewards/digits_1/mean"]
-        )
-
-
-def test_training_with_activation_checkpointing_moves_every_adapter():
-    t = trainer(gradient_checkpointing=True)
-    update(t)
-    assert all(p.grad.any() for name, p in t.params.items() if "lora_B" in name)
-
-
-def test_reward_rises_on_a_task_that_can_be_learnt():
-    first_token = lambda completion_ids, **columns: [float(ids[0] == 20) for ids in completion_ids]
-    model = with_adapters(tiny_model(), random=False, target_modules=["down_proj", "lm_head"])
-    sizes = {"max_completion_length": 2, "prompts_per_step": 8, "num_generations": 8}
-    t = trainer(model, first_token, max_steps=25, learning_rate=0.03, **sizes)
-    assert update(t)["reward"] < 0.3
-    assert t.train()["reward"] > 0.9

@@ -1,335 +1,675 @@
 """Mutation testing: change the code in one small way at a time, and see whether a test notices.
 
-    python benchmarks/mutate.py [--every N] [--only lora.py]        # writes benchmarks/mutations.json
-    python benchmarks/mutate.py --again        # only what survived and has no reason, with the tests as they are now
+    python benchmarks/mutate.py [--every N] [--only lora.py]     # writes benchmarks/mutations.json
+    python benchmarks/mutate.py --resume     # only those that mutations.json does not have yet
+    python benchmarks/mutate.py --again      # judge again what survived and has no reason
+    python benchmarks/mutate.py --list       # only say how many mutants there are
 
-Mutants: comparisons, arithmetic and Boolean operators exchanged, `not` and unary minus dropped, numbers and truth values
-changed, statements deleted. Judged: lora.py, rewards.py, and of grpo_lora.py the objective, log-prob and rollout parts. Left
-out, because they change nothing by construction: annotations, zip's `strict`, and `dim=-1` of what has two dimensions. Each
-mutant runs, in a forked process with a time limit, first the tests that need no fixture but tmp_path, quickest first; then, if
-it is still alive, the whole suite but its slowest parts. It is killed by the first test that fails. What survives either has
-a reason in EQUIVALENT, or is a gap in the tests.
+A mutant differs from the code in one of these: a comparison, an arithmetic or a Boolean operator is
+exchanged; `not` or a minus is dropped; the two values of a conditional expression are exchanged; a
+number grows by one; True becomes False; a call, an augmented assignment or a raise is deleted; a
+keyword argument is dropped; two neighbouring positional arguments, names or attributes, are
+swapped.
+
+Left out are annotations, decorators, texts, error messages, the defaults of settings, and what
+changes nothing by construction (see SAME).
+
+pytest collects the tests once. One pass over them notes which lines of the code each of them
+reaches. Then each mutant gets a forked process: there it is executed in the place of its module,
+and all modules that import it are executed again. The process runs the tests that reach the
+changed line, quickest first, until one fails. That test killed the mutant. One that takes far
+longer than usual kills it too. A line that runs on import is judged by all tests. What survives
+either has a reason in EQUIVALENT, or is a gap in the tests.
 """
 
 import argparse
 import ast
+import collections
+import contextlib
 import copy
-import inspect
 import json
 import os
+import resource
+import select
+import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
-import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-os.environ["HYPOTHESIS_PROFILE"] = "gallery"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HYPOTHESIS_PROFILE"] = "gallery"  # the same examples each time, and no shrinking
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import test_training  # noqa: E402
+TOP = ["test_math.py", "test_training.py"]
+JUDGED = {  # file -> the tests that judge it
+    "lora.py": TOP,
+    "rewards.py": TOP,
+    "grpo_lora.py": TOP,
+    "runner/fast.py": [*TOP, "checks/test_engine.py"],
+    "runner/checkpoints.py": [*TOP, "checks/test_runner.py"],
+}
+SLOW = ("killed", "hangs", "tuning", "signal_finishes", "time_linear")  # words in tests' names
 
-JUDGED = {  # of grpo_lora.py
-    "group_advantages", "_nanstd", "combine_rewards", "multi_objective_advantages", "completion_mask", "kl_penalty",
-    "grpo_loss", "CausalLM", "_RoomyLayer", "_ShownLayer", "_FasterHead", "Rollout", "generate", "_recorded", "_decode",
-    "_TokenLogps", "_chunk_logps", "completion_logps", "evaluating", "adapter_dropout", "default_reference",
-}  # fmt: skip
+# ---------------------------------------------------------------------------------------- mutants
+
 SWAPS = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
-    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-    ast.MatMult: ast.Mult, ast.FloorDiv: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.MatMult: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
+SAME = {  # arguments that change nothing on this machine, or only words
+    "strict", "encoding", "device", "help", "why", "stacklevel", "file", "flush",
+}  # fmt: skip
+SYMMETRIC = {"max", "min", "equal", "promote_types", "isinstance", "issubclass"}  # or fail at once
 
 
-def change(node: ast.AST) -> list[ast.AST]:
-    """What one node may turn into."""
+class Mutant(NamedTuple):
+    """One change: of `tree`, the file's syntax, set `field` of `parent` to `new`."""
+
+    about: dict[str, Any]  # file, source line, was, is; and nth, if there are several such
+    tree: ast.Module
+    parent: ast.AST
+    field: str
+    new: Any
+    lines: set[int]  # the statement's; a test that reaches none of them cannot notice
+    body: set[int]  # the outermost function's or class's
+    on_import: bool
+
+    @property
+    def key(self) -> tuple:
+        return tuple(self.about.get(name) for name in ("file", "source", "was", "is", "nth"))
+
+
+def other_nodes(node: ast.AST) -> list[ast.AST]:
+    """What a node may turn into."""
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
         return [ast.Compare(node.left, [SWAPS[type(node.ops[0])]()], node.comparators)]
-    if isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in SWAPS:
+    if isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in SWAPS:
         other = copy.copy(node)
         other.op = SWAPS[type(node.op)]()
         return [other]
+    if isinstance(node, ast.AugAssign):
+        other = copy.copy(node)
+        other.op = SWAPS.get(type(node.op), ast.Mult)()
+        return [other, ast.Pass()]
     if isinstance(node, ast.UnaryOp):
         return [node.operand]
     if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
         return [ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)]
     if isinstance(node, ast.IfExp):
         return [ast.IfExp(node.test, node.orelse, node.body)]
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        return [ast.Pass()]
-    return [ast.Pass()] if isinstance(node, ast.Raise | ast.AugAssign) else []
+    deleted = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    return [ast.Pass()] if deleted or isinstance(node, ast.Raise) else []
 
 
-def sites(tree: ast.AST):
-    """(parent, field, index, replacement) for each mutant."""
-    typed = [t for node in ast.walk(tree) for t in (getattr(node, "annotation", None), getattr(node, "returns", None))]
-    annotations = {inner for outer in typed if outer is not None for inner in ast.walk(outer)}
-    for parent in ast.walk(tree):
-        for name, value in ast.iter_fields(parent):
-            if isinstance(parent, ast.JoinedStr | ast.FormattedValue | ast.Raise):
+def other_arguments(call: ast.Call) -> Iterator[tuple[str, list, ast.AST, str, str]]:
+    """(field, its new value, where, was, is) for a dropped keyword, and for swapped arguments."""
+    for i, keyword in enumerate(call.keywords):
+        if keyword.arg not in SAME:
+            rest = call.keywords[:i] + call.keywords[i + 1 :]
+            yield "keywords", rest, keyword, ast.unparse(keyword), "dropped"
+    named = [isinstance(x, ast.Name | ast.Attribute) for x in call.args]
+    for i, (a, b) in enumerate(zip(call.args, call.args[1:], strict=False)):
+        words = ast.unparse(a), ast.unparse(b)
+        symmetric = ast.unparse(call.func).rpartition(".")[2] in SYMMETRIC
+        if named[i] and named[i + 1] and words[0] != words[1] and not symmetric:
+            swapped = [*call.args[:i], b, a, *call.args[i + 2 :]]
+            yield "args", swapped, a, ", ".join(words), ", ".join(reversed(words))
+
+
+def left_out(parent: ast.AST, field: str, child: Any) -> bool:
+    """Whether nothing in `child` is to be changed."""
+    if not isinstance(child, ast.AST) or isinstance(child, ast.Import | ast.ImportFrom):
+        return True
+    if isinstance(parent, ast.Call) and ast.unparse(parent.func) == "setting":
+        return field == "args"  # a default, and its help
+    if isinstance(child, ast.keyword) and child.arg in SAME:
+        return True
+    if isinstance(parent, ast.keyword) and parent.arg == "dim":  # -1 of two dimensions is 1
+        return True
+    if isinstance(child, ast.If) and "__main__" in ast.unparse(child.test):
+        return True
+    words = isinstance(child, ast.JoinedStr) or isinstance(parent, ast.Raise)
+    return words or field in ("annotation", "returns", "decorator_list")
+
+
+def changes(node: ast.AST, around: tuple = ()) -> Iterator[tuple]:
+    """(parent, field, new, where, was, is, the statements around it) for each mutant below node."""
+    if isinstance(node, ast.stmt):
+        around = (*around, node)
+    if isinstance(node, ast.Call):
+        for change in other_arguments(node):
+            yield node, *change, around
+    for field, value in ast.iter_fields(node):
+        for i, child in enumerate(value if isinstance(value, list) else [value]):
+            if left_out(node, field, child):
                 continue
-            if name in ("annotation", "returns", "decorator_list") or parent in annotations:
-                continue
-            if isinstance(parent, ast.keyword) and parent.arg in ("strict", "dim"):
-                continue
-            for index, child in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(child, ast.AST):
-                    for other in change(child):
-                        yield parent, name, index if isinstance(value, list) else None, other
+            inside = (*around, child) if isinstance(child, ast.stmt) else around
+            for new in other_nodes(child):
+                whole = [*value[:i], new, *value[i + 1 :]] if isinstance(value, list) else new
+                yield node, field, whole, child, ast.unparse(child), ast.unparse(new), inside
+            yield from changes(child, around)
 
 
-def mutants(file: str):
-    source = (HERE.parent / file).read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    for top in tree.body:
-        if file == "grpo_lora.py" and getattr(top, "name", None) not in JUDGED:
-            continue
-        if isinstance(top, ast.Import | ast.ImportFrom):
-            continue
-        for parent, name, index, other in list(sites(top)):
-            old = getattr(parent, name) if index is None else getattr(parent, name)[index]
-            put = lambda new, p=parent, n=name, i=index: (
-                setattr(p, n, new) if i is None else getattr(p, n).__setitem__(i, new)
-            )
-            line, before = getattr(old, "lineno", 0), ast.unparse(old)
-            put(other)
-            text = ast.unparse(ast.fix_missing_locations(tree))
-            put(old)
-            about = {
-                "file": file,
-                "source": source.splitlines()[line - 1].strip(),
-                "was": before,
-                "is": ast.unparse(other),
-            }
-            yield about, source, text
+def mutants(file: str) -> Iterator[Mutant]:
+    source = (ROOT / file).read_text(encoding="utf-8")
+    tree, seen = ast.parse(source), collections.Counter()
+    for parent, field, new, where, was, now, around in changes(tree):
+        line = source.splitlines()[where.lineno - 1].partition("  # ")[0].strip()
+        about = {"file": file, "source": line, "was": was, "is": now}
+        seen[line, was, now] += 1
+        if seen[line, was, now] > 1:
+            about["nth"] = seen[line, was, now]
+        functions = [i for i, s in enumerate(around) if isinstance(s, ast.FunctionDef)]
+        on_import = not functions or functions[0] == len(around) - 1
+        inner, outer = around[-1], around[0]
+        # of a compound statement only its head: the body has statements of its own
+        first = inner.body[0].lineno - 1 if getattr(inner, "body", None) else inner.end_lineno
+        lines = set(range(inner.lineno, max(first, inner.lineno) + 1))
+        body = set(range(outer.lineno, outer.end_lineno + 1))
+        yield Mutant(about, tree, parent, field, new, lines, body, on_import)
 
 
-def usable(tests: dict) -> dict:
-    fits = lambda f: (
-        set(inspect.signature(f).parameters)
-        <= {"tmp_path"}
-        | {
-            n.strip()
-            for m in getattr(f, "pytestmark", [])
-            if m.name == "parametrize"
-            for n in (m.args[0].split(",") if isinstance(m.args[0], str) else m.args[0])
-        }
-    )
-    slow = ("gallery", "thousand", "merging_a", "262", "frequency", "process", "hangs", "warning")
-    here = lambda f: all(m.name == "parametrize" for m in getattr(f, "pytestmark", []))  # and not only on a GPU
-    return {n: f for n, f in tests.items() if here(f) and fits(f) and not any(s in n for s in slow)}
-
+# ---------------------------------------------------------------------------------- equivalent ones
 
 EDGE = "the two differ only where the numbers are equal, and there both ways give the same"
-ZERO = "the two differ only where A = 0, and there everything it multiplies is 0"
-AXES = "axis 2 of the four of a key is axis -2"
-DUMMY = "for _ in range(t + 1, steps if lm.sharded else 0):  # the other processes may still be writing"
-EQUIVALENT = {  # (source line, was, is) -> why nothing can notice
-    ("nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "pass"):
+ZERO = "the two differ only where A = 0, and there everything that it multiplies is 0"
+# fmt: off
+EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can notice
+    ("nn.init.kaiming_uniform_(A, a=math.sqrt(5))",
+     "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "pass"):
         "nn.Linear has just drawn A from the same distribution; the line is there to be read",
-    ("product = _InBlocks.apply if with_grad else _InBlocks.forward", "_InBlocks.apply if with_grad else _InBlocks.forward",
-        "_InBlocks.forward if with_grad else _InBlocks.apply"): "autograd finds the same gradient, in more memory",
-    ('names = ", ".join(sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()}))', "-1", "1"):
-        "which names a refusal suggests",
-    ('json.dumps(config, indent=2, sort_keys=True) + "\\n", encoding="utf-8"', "True", "False"): "the order of keys in a file",
-    ('start, last = -1, ""', "-1", "1"): "what is in a box starts at 7 at the earliest",
-    ("if boxed and begin > start:", "begin > start", "begin >= start"): "no two boxes start at one place",
-    ("scores.append(0.0 if over <= 0 else -1.0 if over >= cache else -over / cache)", "over >= cache", "over > cache"): EDGE,
-    ("scores.append(0.0 if over <= 0 else -1.0 if over >= cache else -over / cache)", "over <= 0", "over < 0"): EDGE,
-    ("tau = torch.where(A > 0, A.new_tensor(sapo_temperature_pos), A.new_tensor(sapo_temperature_neg))", "A > 0", "A >= 0"):
-        ZERO,
-    ("lam, k = torch.where(A >= 0, 3.0, 2.0), torch.where(A >= 0, 2.0, 3.0)", "A >= 0", "A > 0"): ZERO,
-    ('stats["clip_ratio/low_mean"] = (ratio < 1 - epsilon) & (A < 0)', "ratio < 1 - epsilon", "ratio <= 1 - epsilon"): EDGE,
-    ('stats["clip_ratio/high_mean"] = (ratio > 1 + high) & (A > 0)', "ratio > 1 + high", "ratio >= 1 + high"): EDGE,
-    ("loss = loss / (max_completion_length or 1)", "1", "2"): "None was refused at the start of the function",
-    ("buffer[:, :, -self.room :] = 0  # NaN would spread, hidden or not", "0", "1"): "hidden: any finite number does",
-    ('cache.layers = [_ShownLayer(room, place, getattr(layer, "is_sliding", False)) for layer in cache.layers]',
-        "False", "True"): "all layers have it",
-    ("return (self.buffers[0].shape[2], 0) if self.buffers else super().get_mask_sizes(query_length)", "0", "1"):
-        "keys and values have the same length",
-    ("return super()._fill_to(self.buffers[0].shape[2] if self.buffers else end)", "0", "1"):
-        "keys and values have the same length",
-    ('fixed = getattr(self.core, "_can_compile_fullgraph", False) and self.takes_cache and self.takes_positions',
-        "False", "True"): "all models have it",
-    ('warnings.warn(f"decoding takes longer, as no CUDA graph of a step can be recorded: {why}", stacklevel=2)', "2", "3"):
-        "which line of ours a warning names",
-    ("with torch.cuda.device(inputs[0].device):  # nothing that runs on another one would be recorded", "0", "1"):
-        "all inputs are on one device",
-    ("inputs[0].clone()", "0", "1"): "on a GPU: a recording of anything at all",
-    ("inputs[0].clone()", "inputs[0].clone()", "pass"): "on a GPU: a recording of nothing, which torch only warns of",
-    ("past, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]", "-2", "2"): AXES,
-    ("dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)", "1", "2"): "tokens nobody looks at",
-    ("dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)", "0", "1"): "tokens nobody looks at",
-    ("self.core(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.core.device))", "1", "2"): "tokens nobody looks at",
-    ('if getattr(config, "is_decoder", True) is False and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:',
-        "True", "False"): "all configs of encoders have is_decoder",
-    ("tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)", "True", "False"):
-        "a draw lies on a boundary once in 2 ** 53",
-    ("lm.hidden(prompt_ids[:1], prompt_mask[:1])", "1", "2"): "a dummy forward for the other processes, of two rows",
-    (DUMMY, "0", "1"): "t + 1 is above 1 already",
-    ("slope = p.mul_(-1 / T).scatter_add_(1, y.unsqueeze(1), p.new_full((len(y), 1), 1 / T))", "1", "2"):
-        "a second column, which scatter_add_ does not read",
-    ('entropy = -torch.einsum("nv,nv->n", p, z.clamp_(min=-1e4))  # 0 log 0 = 0', "10000.0", "10001.0"):
-        "any finite number does",
-    ("model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 128",
-        "True", "False"): "both paths give the same, which other tests show",
-    ("return zero + torch.zeros_like(mask, dtype=h.dtype), torch.zeros_like(mask, dtype=h.dtype)",
-        "zero + torch.zeros_like(mask, dtype=h.dtype)", "zero - torch.zeros_like(mask, dtype=h.dtype)"): "zeros",
-    ("def new_cache(self, room: int = 0, place: Tensor | None = None) -> DynamicCache:", "0", "1"):
-        "a cache with room holds the same",
-    ("x = torch.ones(2, weight.shape[1], dtype=weight.dtype, device=weight.device)", "2", "3"): "rows of a trial input",
-    ("U, S, Vh = torch.linalg.svd(self._oriented(W).to(A.dtype), full_matrices=False)", "False", "True"):
-        "only the first r vectors are used",
-    ('names = ", ".join(sorted({name.rpartition(".")[2] for name in modules if name and not name[-1].isdigit()}))', "1", "2"):
-        "which names a refusal suggests",
-    ("state = dict(module.trained.state_dict(keep_vars=True))", "True", "False"): "what is written and copied is the same",
-    ('json.dumps(config, indent=2, sort_keys=True) + "\\n", encoding="utf-8"', "2", "3"): "how a file is indented",
-    ('start, last = -1, ""', "1", "2"): "what is in a box starts at 7 at the earliest",
-    ("assert found is not None and found.loader is not None", "found is not None and found.loader is not None",
-        "found is not None or found.loader is not None"): "both always hold: it is said for the type checker",
-    ("near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]", "1", "2"): "of two, the first is the same",
-    ("log_ratio = (logps - old_logps).clamp(max=80)  # where exp is finite in float32: 0·inf would make the gradient NaN",
-        "80", "81"): "exp is finite there too",
-    ('stats["cispo_clip_ratio"] = (ratio > high) & (A > 0)', "ratio > high", "ratio >= high"): EDGE,
-    ("kl = kl_penalty(logps, torch.where(mask, ref_logps, 0.0), estimator=kl_estimator)", "0.0", "1.0"):
-        "the mask drops it: any finite number does",
-    ("log_w = log_ratio.clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)", "20", "21"):
-        "the weight is 0 from w = e^7 on",
-    ('if getattr(self.core.config, "is_encoder_decoder", False):', "False", "True"): "all configs have it",
-    ('self.takes_cache = bool(self.cache_name) and not getattr(self.core, "_is_stateful", False)', "False", "True"):
-        "all models have it",
-    ("logits = self.core(input_ids=dummy, use_cache=False).logits.squeeze(0)  # where [0] fills zeros in backward",
-        "False", "True"): "the stub has no cache",
-    ("tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)", "u * cdf[:, -1:]", "u / cdf[:, -1:]"):
+    ('names = {name.rpartition(".")[2] for name in there if name and not name[-1].isdigit()}',
+     "-1", "1"): "which names a refusal suggests",
+    ('names = {name.rpartition(".")[2] for name in there if name and not name[-1].isdigit()}',
+     "1", "2"): "which names a refusal suggests",
+    ("x = torch.ones(2, weight.shape[1], dtype=weight.dtype, device=weight.device)",
+     "2", "3"): "rows of a trial input",
+    ("U, S, Vh = torch.linalg.svd(W.to(A.dtype), full_matrices=False)",
+     "False", "True"): "only the first r vectors are used",
+    ("U, S, Vh = torch.linalg.svd(W.to(A.dtype), full_matrices=False)",
+     "full_matrices=False", "dropped"): "only the first r vectors are used",
+    ("state = dict(module.trained.state_dict(keep_vars=True))",
+     "True", "False"): "what is written and copied is the same",
+    ("state = dict(module.trained.state_dict(keep_vars=True))",
+     "keep_vars=True", "dropped"): "what is written and copied is the same",
+    ('text = json.dumps(config, indent=2, sort_keys=True) + "\\n"',
+     "True", "False"): "the order of keys in a file",
+    ('text = json.dumps(config, indent=2, sort_keys=True) + "\\n"',
+     "sort_keys=True", "dropped"): "the order of keys in a file",
+    ('text = json.dumps(config, indent=2, sort_keys=True) + "\\n"',
+     "2", "3"): "how a file is indented",
+    ('text = json.dumps(config, indent=2, sort_keys=True) + "\\n"',
+     "indent=2", "dropped"): "how a file is indented",
+    ('start, last = -1, ""',
+     "-1", "1"): "what is in a box starts at 7 at the earliest",
+    ('start, last = -1, ""',
+     "1", "2"): "what is in a box starts at 7 at the earliest",
+    ("if boxed and begin > start:",
+     "begin > start", "begin >= start"): "no two boxes start at one place",
+    ("scores.append(0.0 if over <= 0 else -1.0 if over >= cache else -over / cache)",
+     "over >= cache", "over > cache"): EDGE,
+    ("scores.append(0.0 if over <= 0 else -1.0 if over >= cache else -over / cache)",
+     "over <= 0", "over < 0"): EDGE,
+    ("log_ratio = (logps - old_logps).clamp(max=80)",
+     "80", "81"): "exp is finite in float32 there too",
+    ('stats["cispo_clip_ratio"] = (ratio > high) & (A > 0)',
+     "ratio > high", "ratio >= high"): EDGE,
+    ("tau = torch.where(A > 0, positive, negative)",
+     "A > 0", "A >= 0"): ZERO,
+    ("log_w = log_ratio.clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)",
+     "20", "21"): "the weight is 0 from w = e^7 on",
+    ("k, lam = torch.where(A >= 0, 2.0, 3.0), torch.where(A >= 0, 3.0, 2.0)",
+     "A >= 0", "A > 0"): ZERO,
+    ("low_clip, high_clip = (ratio < 1 - epsilon) & (A < 0), (ratio > 1 + high) & (A > 0)",
+     "ratio < 1 - epsilon", "ratio <= 1 - epsilon"): EDGE,
+    ("low_clip, high_clip = (ratio < 1 - epsilon) & (A < 0), (ratio > 1 + high) & (A > 0)",
+     "ratio > 1 + high", "ratio >= 1 + high"): EDGE,
+    ("kl = kl_penalty(logps, torch.where(mask, ref_logps, 0.0), estimator=kl_estimator)",
+     "0.0", "1.0"): "the mask drops it: any finite number does",
+    ("loss = loss / (max_completion_length or 1)",
+     "1", "2"): "None was refused at the start of the function",
+    ('near, there = difflib.get_close_matches(str(value), choices, 1, 0.0)[0], ", ".join(choices)',
+     "1", "2"): "of two, the first is the same",
+    ("draws = uniforms.unsqueeze(1).double() * cdf[:, -1:]",
+     "uniforms.unsqueeze(1).double() * cdf[:, -1:]",
+     "uniforms.unsqueeze(1).double() / cdf[:, -1:]"):
         "cdf ends at 1 but for rounding",
-    ("model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True, chunk_size: int = 128",
-        "128", "129"): "the size of a chunk changes nothing, which other tests show",
-    ("if torch.is_grad_enabled() and lm.head_is_trained():", "torch.is_grad_enabled() and lm.head_is_trained()",
-        "torch.is_grad_enabled() or lm.head_is_trained()"): "for a frozen head both ways give the same",
-    ("mask.shape[1] - 1, int(lm.sharded)", "mask.shape[1] - 1", "mask.shape[1] + 1"): "a column more, which is cut off below",
-}  # fmt: skip
+    ("tokens = torch.searchsorted(cdf, draws, right=True).squeeze(1)",
+     "True", "False"): "a draw lies on a boundary once in 2 ** 53",
+    ("tokens = torch.searchsorted(cdf, draws, right=True).squeeze(1)",
+     "right=True", "dropped"): "a draw lies on a boundary once in 2 ** 53",
+    ("model: nn.Module, rollout: Rollout, *, temperature: float, share_prompt: bool = True,",
+     "True", "False"): "both paths give the same, which other tests show",
+    ("chunk_size: int = 128,",
+     "128", "129"): "the size of a chunk changes nothing, which other tests show",
+    ('self.takes_cache = bool(self.cache_name) and not getattr(self.core, "_is_stateful", False)',
+     "False", "True"): "all models have it",
+    ("def new_cache(self, room: int = 0) -> DynamicCache:",
+     "0", "1"): "a cache with room holds the same",
+    ("output, ids = _DecoderOutput([hidden.unsqueeze(0)]), hidden.new_zeros(1, len(hidden)).long()",
+     "1", "2"): "tokens nobody looks at",
+    ("result = self.core(input_ids=ids, use_cache=False)",
+     "False", "True"): "the stub has no cache",
+    ("result = self.core(input_ids=ids, use_cache=False)",
+     "use_cache=False", "dropped"): "the stub has no cache",
+    ('encoder = encoder and getattr(config, "is_decoder", True) is False',
+     "True", "False"): "all configs of encoders have is_decoder",
+    ('"is an encoder-decoder": getattr(config, "is_encoder_decoder", False),',
+     "False", "True"): "all configs have it",
+    ('fixed = getattr(self.core, "_can_compile_fullgraph", False)',
+     "False", "True"): "all models have it",
+    ("if torch.is_grad_enabled() and self.head_is_trained():",
+     "torch.is_grad_enabled() and self.head_is_trained()",
+     "torch.is_grad_enabled() or self.head_is_trained()"):
+        "for a frozen head both ways give the same",
+    ("end = past + key_states.shape[-2]",
+     "-2", "2"): "axis 2 of the four of a key is axis -2",
+    ("buffer[:, :, -self.room :] = 0",
+     "0", "1"): "hidden: any finite number does",
+    ("return self.buffers[0].shape[2], 0",
+     "0", "1"): "keys and values have the same length",
+    ("return super()._show(self.buffers[0].shape[2] if self.buffers else end)",
+     "0", "1"): "keys and values have the same length",
+    ('slides = [getattr(layer, "is_sliding", False) for layer in cache.layers]',
+     "False", "True"): "all layers have it",
+    ("with torch.cuda.device(inputs[0].device):",
+     "0", "1"): "all inputs are on one device",
+    ("inputs[0].clone()",
+     "0", "1"): "on a GPU: a recording of anything at all",
+    ("inputs[0].clone()",
+     "inputs[0].clone()", "pass"): "on a GPU: a recording of nothing, which torch only warns of",
+    ('entropy = -torch.einsum("nv,nv->n", p, z.clamp_(min=-1e4))',
+     "10000.0", "10001.0"): "any finite number does",
+    ("one = p.new_full((len(y), 1), 1 / temperature)",
+     "1", "2"): "a second column, which scatter_add_ does not read",
+    ("product = _InBlocks.apply if with_grad else _InBlocks.forward",
+     "_InBlocks.apply if with_grad else _InBlocks.forward",
+     "_InBlocks.forward if with_grad else _InBlocks.apply"):
+        "autograd finds the same gradient, in more memory",
+}
+# fmt: on
 
 
 def reason(mutant: dict) -> str:
     return EQUIVALENT.get((mutant["source"], mutant["was"], mutant["is"]), "")
 
 
-LATE = "not (gallery or processes or process_that_dies or torchrun or random_moments or signal_finishes or thousand or "
-LATE += "killed or hangs or demo or frequency or warning or out_of_memory or trls_accumulated or family_is_scored)"
+# ---------------------------------------------------------------------- executing a mutant's module
 
 
-class FirstFailure:
-    """A pytest plugin that writes the name of the first test that fails to a pipe."""
+def imported(source: str) -> set[str]:
+    """Names of the modules that a source imports at its top, and of what it takes from them."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
-    def __init__(self, pipe: int) -> None:
-        self.pipe = pipe
 
-    def pytest_runtest_logreport(self, report) -> None:
+def our_modules() -> dict[str, Any]:
+    """Our loaded modules by name, with their code, each after those that it imports."""
+    ours, ordered = {}, {}
+    for name, module in sys.modules.items():
+        path = Path(getattr(module, "__file__", None) or "/")
+        if ROOT in path.parents and path.suffix == ".py" and "benchmarks" not in path.parts:
+            ours[name] = path
+
+    def add(name: str) -> None:
+        if name not in ordered:
+            ordered[name] = None  # a circle ends here
+            source = ours[name].read_text(encoding="utf-8")
+            for other in sorted(imported(source) & ours.keys()):
+                add(other)
+            del ordered[name]
+            ordered[name] = compile(source, str(ours[name]), "exec")
+
+    for name in ours:
+        add(name)
+    return ordered
+
+
+def execute_again(modules: dict[str, Any], mutant: Mutant | None, items: list) -> None:
+    """Execute our modules anew, in their places, one of them mutated. And so the tests."""
+    for name, code in modules.items():
+        module = sys.modules[name]
+        if mutant and Path(str(module.__file__)) == ROOT / mutant.about["file"]:
+            setattr(mutant.parent, mutant.field, mutant.new)
+            tree = ast.fix_missing_locations(mutant.tree)
+            code = compile(tree, str(module.__file__), "exec")
+        exec(code, vars(module))
+    for item in items:
+        item.obj = getattr(item.module, item.originalname)
+
+
+# -------------------------------------------------------------------------------------- the judging
+
+
+class Test(NamedTuple):
+    """A test, the seconds that it takes, and the lines that it reaches, by file."""
+
+    item: Any
+    file: str
+    seconds: float
+    lines: dict[str, set[int]]
+
+
+class Reports:
+    """A pytest plugin that keeps the failures of the test that runs."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
-            os.write(self.pipe, report.nodeid.rpartition("::")[2].encode())
-            os._exit(0)
+            self.failed.append(str(report.longrepr).strip().rpartition("\n")[2])
 
 
-def run_suite(file: str, text: str, pipe: int) -> None:
-    """pytest on the whole suite but its slowest parts, with the mutant in the place of its module."""
-    for name in ("lora", "rewards", "grpo_lora", "test_math", "test_training"):
-        sys.modules.pop(name, None)
-    module = sys.modules[file.removesuffix(".py")] = types.ModuleType(file.removesuffix(".py"))
-    module.__file__ = str(HERE.parent / file)
-    exec(compile(text, module.__file__, "exec"), vars(module))
-    os.chdir(HERE.parent)
-    quiet = ["-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "-k", LATE, "test_math.py", "test_training.py"]
-    pytest.main(quiet, plugins=[FirstFailure(pipe)])
+def be_a_child(scratch: str) -> None:
+    """After a fork: no output, a folder of its own, a bound on memory, and a process group."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    tempfile.tempdir = scratch
+    os.chdir(scratch)
+    with contextlib.suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + 8 * 2**30
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def judge(file: str, source: str, text: str, order: list[str]) -> str:
-    """The test that kills the mutant, or '' - in a forked process, so that nothing of the mutant is left."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+class MutationTesting(Reports):
+    """A pytest plugin: judges mutants in place of running the tests that were collected."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__()
+        self.options = options
+        self.children: set[int] = set()
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items[:] = [item for item in items if not any(word in item.name for word in SLOW)]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.items, self.modules = list(session.items), our_modules()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+        started = time.perf_counter()
         try:
-            signal.alarm(40)
-            with test_training.source_patched(file, source, text) as tests:
-                for name in order:
-                    signal.alarm(40)
-                    try:
-                        test_training.run_test(tests[name])
-                    except BaseException:
-                        os.write(write, name.encode())
-                        os._exit(0)
-            signal.alarm(1200)  # several times what the suite takes: a slow machine is no test
-            run_suite(file, text, write)
-        except BaseException as error:
-            os.write(write, f"loading: {type(error).__name__}".encode())
-        os._exit(0)
-    os.close(write)
-    return child, read
+            self.tests = self.reached()
+            seconds = time.perf_counter() - started
+            print(f"\n{len(self.tests)} tests, which take {seconds:.0f} s with tracing", flush=True)
+            judge_all(self)
+        finally:
+            for child in list(self.children):
+                self.end(child)
+        return True
+
+    def end(self, child: int) -> None:
+        """Kill a child, if it still runs, with all that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        self.children.discard(child)
+
+    def run(self, item: Any, following: Any) -> list[str]:
+        """The failures of a test."""
+        self.failed.clear()
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        return self.failed
+
+    def reached(self) -> list[Test]:
+        """Run all tests once, unmutated, in forked processes, and see which lines each reaches."""
+        n = self.options.workers
+        with tempfile.TemporaryDirectory() as scratch:
+            for share in range(n):
+                child = os.fork()
+                if child == 0:
+                    be_a_child(scratch)
+                    with contextlib.suppress(BaseException):
+                        self.trace(range(share, len(self.items), n), f"{scratch}/{share}")
+                    os._exit(0)
+                self.children.add(child)
+            for child in list(self.children):
+                os.waitpid(child, 0)
+                self.children.discard(child)
+            rows = []
+            for share in range(n):
+                rows += map(json.loads, Path(f"{scratch}/{share}").read_text().splitlines())
+        tests = []
+        for row in sorted(rows, key=lambda row: row["index"]):
+            item, lines = self.items[row["index"]], {f: set(ls) for f, ls in row["lines"].items()}
+            if row["failed"]:
+                print(f"left out: {item.name[:70]}: {'; '.join(row['failed'])[:200]}", flush=True)
+            else:
+                file = str(Path(item.path).relative_to(ROOT))
+                tests.append(Test(item, file, row["seconds"], lines))
+        if len(rows) < len(self.items):
+            print(f"left out: {len(self.items) - len(rows)} tests after a crash", flush=True)
+        return tests
+
+    def trace(self, indices: range, path: str) -> None:
+        execute_again(self.modules, None, self.items)
+        judged, reached = {str(ROOT / file): file for file in JUDGED}, {}
+
+        def on_call(frame: Any, event: str, arg: Any) -> Any:
+            if frame.f_code.co_filename not in judged:
+                return None
+            seen = reached.setdefault(judged[frame.f_code.co_filename], set())
+
+            def on_line(frame: Any, event: str, arg: Any) -> Any:
+                seen.add(frame.f_lineno)
+                return on_line
+
+            return on_line(frame, event, arg)
+
+        for index in indices:
+            reached.clear()
+            start = time.perf_counter()
+            threading.settrace(on_call)
+            sys.settrace(on_call)
+            failed = self.run(self.items[index], None)  # fixtures are made anew for each test
+            sys.settrace(None)
+            row = {"index": index, "seconds": time.perf_counter() - start, "failed": failed}
+            row["lines"] = {file: sorted(lines) for file, lines in reached.items()}
+            with open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def selected(self, mutant: Mutant, killers: collections.Counter) -> list[Test]:
+        """The tests that may notice, in the order in which they are to run."""
+        file = mutant.about["file"]
+        reach = lambda test, lines: bool(test.lines.get(file, set()) & lines)
+        tests = [test for test in self.tests if test.file in JUDGED[file]]
+        if not mutant.on_import:
+            tests = [test for test in tests if reach(test, mutant.lines)]
+        first = {name for name, _ in killers.most_common(3)}
+        far = lambda test: (test.item.name not in first, not reach(test, mutant.body), test.seconds)
+        return sorted(tests, key=far)
+
+    def start(self, mutant: Mutant, tests: list[Test]) -> "Running":
+        read, write = os.pipe()
+        scratch = tempfile.mkdtemp()
+        child = os.fork()
+        if child == 0:
+            say, name = lambda text: os.write(write, f"{text}\n".encode()), "loading"
+            try:
+                be_a_child(scratch)
+                execute_again(self.modules, mutant, [test.item for test in tests])
+                for i, test in enumerate(tests):
+                    say(i)
+                    name = test.item.name
+                    following = tests[i + 1].item if i + 1 < len(tests) else None
+                    if self.run(test.item, following):
+                        say(f"killed by {name}")
+                        break
+            except BaseException as error:
+                say(f"killed by {name}: {type(error).__name__}")
+            say("end")
+            os._exit(0)
+        self.children.add(child)
+        os.close(write)
+        return Running(mutant, tests, child, read, scratch)
+
+
+class Running:
+    """A mutant that is being judged in a process of its own."""
+
+    def __init__(self, mutant: Mutant, tests: list, child: int, pipe: int, scratch: str) -> None:
+        self.mutant, self.tests, self.child, self.scratch = mutant, tests, child, scratch
+        self.pipe, self.unread, self.killed_by, self.ended = pipe, "", "", False
+        self.name, self.limit = "loading", 30.0
+        self.started = self.since = time.monotonic()
+
+    def read(self) -> bool:
+        """Take in what the process says. Returns whether it is done."""
+        said = os.read(self.pipe, 4096).decode()
+        *lines, self.unread = (self.unread + said).split("\n")
+        for line in lines:
+            if line.isdecimal():
+                test = self.tests[int(line)]
+                self.name, self.limit = test.item.name, 60 + 20 * test.seconds
+                self.since = time.monotonic()
+            elif line.startswith("killed by "):
+                self.killed_by = line.removeprefix("killed by ")
+            self.ended = self.ended or line == "end"
+        return self.ended or not said
+
+    def overdue(self) -> bool:
+        """Whether a test takes far longer than usual. (A slow machine is no test.)"""
+        return time.monotonic() - self.since > self.limit
+
+    def result(self) -> dict[str, Any]:
+        """How it went."""
+        if not self.ended:
+            self.killed_by = f"{self.name}: {'time limit' if self.overdue() else 'crash'}"
+        os.close(self.pipe)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        seconds = round(time.monotonic() - self.started, 1)
+        tests = {} if self.killed_by else {"tests": len(self.tests)}  # that it survived
+        return self.mutant.about | {"killed_by": self.killed_by} | tests | {"seconds": seconds}
+
+
+def judge_all(plugin: MutationTesting) -> None:
+    """Judge the mutants that are asked for, several at a time, and keep what is found."""
+    options, began, judged = plugin.options, time.perf_counter(), 0
+    killers: dict[tuple, collections.Counter] = collections.defaultdict(collections.Counter)
+    queue, running, work = collections.deque(options.work), list[Running](), len(options.work)
+    place = lambda mutant: (mutant.about["file"], min(mutant.body))
+    try:
+        while queue or running:
+            while queue and len(running) < options.workers:
+                mutant = queue.popleft()
+                tests = plugin.selected(mutant, killers[place(mutant)])
+                running.append(plugin.start(mutant, tests))
+            ready = select.select([one.pipe for one in running], [], [], 1.0)[0]
+            done = [o for o in running if (o.pipe in ready and o.read()) or o.overdue()]
+            for one in done:
+                running.remove(one)
+                plugin.end(one.child)
+                options.known[one.mutant.key] = found = one.result()
+                killers[place(one.mutant)][one.killed_by] += 1
+                judged += 1
+                if not found["killed_by"] and not reason(found):
+                    print("survived:", json.dumps(found), flush=True)
+                if judged % 50 == 0:
+                    each, summary = (time.perf_counter() - began) / judged, write_results(options)
+                    killed = f"{summary['killed']} of {summary['judged']} killed"
+                    left = f"{(work - judged) * each / 60:.0f} minutes left"
+                    print(f"{judged} of {work}: {killed}, {each:.2f} s each, {left}", flush=True)
+    finally:
+        each = (time.perf_counter() - began) / max(judged, 1)
+        print(f"{judged} of {work} judged, {each:.2f} s each")
+        print(json.dumps(write_results(options), indent=1), flush=True)
+
+
+# ------------------------------------------------------------------------------------- the record
+
+
+def write_results(options: argparse.Namespace) -> dict[str, Any]:
+    """Write all that is known. Returns the figures."""
+    rows = [options.known[m.key] for m in options.all if m.key in options.known]
+    survivors = [row for row in rows if not row["killed_by"]]
+    survivors = [row | {"why": reason(row)} for row in survivors]
+    killed = len(rows) - len(survivors)
+    summary: dict[str, Any] = {"command": options.command, "mutants": len(options.all)}
+    summary |= {"judged": len(rows), "killed": killed, "score": killed / max(len(rows), 1)}
+    summary["survivors_without_a_reason"] = sum(not row["why"] for row in survivors)
+    seconds = sum(row["seconds"] for row in rows) / max(len(rows), 1)
+    summary["seconds_of_a_process"] = round(seconds, 2)
+    for file in JUDGED:
+        own = [row for row in rows if row["file"] == file]
+        there = sum(m.about["file"] == file for m in options.all)
+        lived = sum(not row["killed_by"] for row in own)
+        summary[file] = {"mutants": there, "judged": len(own), "survived": lived}
+    parts = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in summary.items()]
+    for name, some in (("survivors", survivors), ("judged_mutants", rows)):
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in some)
+        parts.append(f' "{name}": [\n{lines}\n ]')
+    scratch = options.out.with_suffix(".tmp")
+    scratch.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    os.replace(scratch, options.out)
+    return summary
+
+
+def read_results(path: Path) -> dict[tuple, dict]:
+    """What an earlier run found, by mutant."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    names = ("file", "source", "was", "is", "nth")
+    return {tuple(row.get(n) for n in names): row for row in found.get("judged_mutants", ())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--every", type=int, default=1, help="judge every N-th mutant")
-    parser.add_argument("--only", nargs="*", default=["lora.py", "rewards.py", "grpo_lora.py"])
+    parser.add_argument("--only", nargs="*", choices=JUDGED, default=list(JUDGED))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="judge the survivors without a reason again")
+    parser.add_argument("--resume", action="store_true", help="judge those not judged yet")
+    parser.add_argument("--again", action="store_true", help="judge survivors without a reason")
+    parser.add_argument("--list", action="store_true", help="say how many there are, and stop")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "mutations.json")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-
-    seconds = {}
-    with test_training.source_patched() as tests:
-        for name, test in usable(tests).items():
-            start = time.perf_counter()
-            test_training.run_test(test)
-            seconds[name] = time.perf_counter() - start
-    order = sorted((n for n, s in seconds.items() if s < 20), key=seconds.get)
-    print(f"{len(order)} tests, {sum(seconds.values()):.0f} s", flush=True)
-
-    work = [m for file in options.only for m in mutants(file)][:: options.every]
-    known, kept = {"mutants": len(work)}, []
-    if options.again:
-        known = json.loads((HERE / "mutations.json").read_text())
-        kept = [s for s in known["survivors"] if reason(s)]
-        again = [(s["source"], s["was"], s["is"]) for s in known["survivors"] if not reason(s)]
-        work = [m for m in work if (m[0]["source"], m[0]["was"], m[0]["is"]) in again]
+    options.out = options.out.resolve()
+    options.command = " ".join(["python benchmarks/mutate.py", *sys.argv[1:]])
+    options.all = [mutant for file in JUDGED for mutant in mutants(file)]
+    for file in JUDGED:
+        print(file, sum(m.about["file"] == file for m in options.all))
+    names = {(m.about["source"], m.about["was"], m.about["is"]) for m in options.all}
+    for key in EQUIVALENT.keys() - names:
+        print("EQUIVALENT has a reason for what is no mutant any more:", key)
+    if options.list:
+        return
+    known = read_results(options.out)
+    work = [m for m in options.all if m.about["file"] in options.only][:: options.every]
+    if options.resume:
+        work = [m for m in work if m.key not in known]
+    elif options.again:
+        lived = lambda row: row is not None and not row["killed_by"] and not reason(row)
+        work = [m for m in work if lived(known.get(m.key))]
+    else:  # of the other files what is known stays
+        known = {key: row for key, row in known.items() if row["file"] not in options.only}
+    options.known, options.work = known, work
     print(f"{len(work)} mutants", flush=True)
-    running, results, favourites = {}, [], {}
-
-    def finish() -> None:
-        child, status = os.wait()
-        read, about = running.pop(child)
-        killer = os.read(read, 200).decode() or ("time limit" if os.WIFSIGNALED(status) else "")
-        os.close(read)
-        favourites[killer] = favourites.get(killer, 0) + 1
-        results.append(about | {"killed_by": killer})
-        if not killer:
-            print("survived:", about, flush=True)
-        if len(results) % 50 == 0:
-            print(f"{len(results)} judged, {sum(bool(r['killed_by']) for r in results)} killed", flush=True)
-
-    for about, source, text in work:
-        if len(running) >= options.workers:
-            finish()
-        first = sorted(order, key=lambda n: (seconds[n] > 1.5, -favourites.get(n, 0), seconds[n]))
-        child, read = judge(about["file"], source, text, first)
-        running[child] = (read, about)
-    while running:
-        finish()
-
-    survivors = kept + [{k: r[k] for k in ("file", "source", "was", "is")} for r in results if not r["killed_by"]]
-    survivors = [mutant | {"why": reason(mutant)} for mutant in survivors]
-    total, killed = known["mutants"], known["mutants"] - len(survivors)
-    command = "python benchmarks/mutate.py" + (f" --every {options.every}" if options.every > 1 else "")
-    summary = {"command": command, "mutants": total, "killed": killed, "score": killed / total}
-    summary["survivors_without_a_reason"] = sum(not mutant["why"] for mutant in survivors)
-    (HERE / "mutations.json").write_text(json.dumps(summary | {"survivors": survivors}, indent=1) + "\n")
-    print(summary)
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    files = dict.fromkeys(test for file in options.only for test in JUDGED[file])
+    plain = ["-q", "-s", "-o", "addopts="]
+    plain += [
+        word for name in ("cacheprovider", "xdist", "timeout") for word in ("-p", f"no:{name}")
+    ]
+    sys.exit(pytest.main([*plain, *files], plugins=[MutationTesting(options)]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Does --tune find the rate that a whole sweep finds, and at what cost? On the demo (three seeds), and on a real model.
+"""Does --tune find the rate that a whole sweep finds, and at what cost? On the demo (three seeds),
+and on a real model.
 
-    python benchmarks/tuner.py [--model SMOLLM2]        # writes benchmarks/tuner.json; a minute a seed, half an hour the model
+    python benchmarks/tuner.py [--model SMOLLM2]    # writes tuner.json; a minute a seed, and half
+                                                    # an hour for the model
 
-Each candidate of the tuner is the beginning of a whole run. So the sweep is made by resuming all of them to the end, two at
-a time, each on one core; the best rate is the one with the highest mean reward over a whole run.
+Each candidate of the tuner is the beginning of a whole run. So the sweep is made by resuming all of
+them to the end, two at a time, each on one core. The best rate is the one with the highest mean
+reward over a whole run.
 """
 
 import argparse
@@ -17,12 +20,14 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ON_MODEL = "--eval_size 200 --prompts_per_step 4 --max_completion_length 32 --learning_rate 0.0013".split()
-ON_MODEL += "--warmup_steps 1 --max_steps 40".split()
+ON_MODEL = "--eval_size 200 --prompts_per_step 4 --max_completion_length 32 --max_steps 40".split()
+ON_MODEL += "--learning_rate 0.0013 --warmup_steps 1".split()
 
 
 def python(*words: str, **environment: str) -> str:
-    done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, env=os.environ | environment, text=True)
+    done = subprocess.run(
+        [sys.executable, *words], stdout=subprocess.PIPE, env=os.environ | environment, text=True
+    )
     if done.returncode not in (0, 1):  # 1: a rate that diverged
         sys.exit(f"{words} ended with status {done.returncode}")
     return done.stdout
@@ -35,11 +40,14 @@ def compare(name: str, settings: list[str], steps: int) -> dict:
     print(table, flush=True)
     chosen = float(re.search(r"--learning_rate (\S+)", (root / "best.args").read_text()).group(1))
     folders = {float(p.name.removeprefix("learning_rate")): p for p in root.iterdir() if p.is_dir()}
-    read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = lambda folder: (folder / "metrics.jsonl").read_text().splitlines()
+    read = lambda folder: [json.loads(line) for line in lines(folder)]
     tuned = {rate: read(folder) for rate, folder in folders.items()}
-    finish = lambda rate: python(
-        script, *settings, "--learning_rate", str(rate), "--output_dir", str(folders[rate]), "--resume", OMP_NUM_THREADS="1"
-    )  # fmt: skip
+
+    def finish(rate: float) -> None:
+        own = ["--learning_rate", str(rate), "--output_dir", str(folders[rate]), "--resume"]
+        python(script, *settings, *own, OMP_NUM_THREADS="1")
+
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(finish, sorted(folders, reverse=True)))
     rows = []
@@ -47,18 +55,14 @@ def compare(name: str, settings: list[str], steps: int) -> dict:
         whole = [row["reward"] or 0.0 for row in read(folder) if row["step"]]
         whole += [0.0] * (steps - len(whole))  # it diverged
         accuracy = [row["eval_accuracy"] for row in read(folder) if "eval_accuracy" in row][-1:]
-        row = {"learning_rate": rate, "updates_of_the_tuner": len(tuned[rate]), "reward": sum(whole) / steps}
-        rows.append(row | {"reward_last_fifth": sum(whole[-steps // 5 :]) / (steps // 5), "accuracy_after": accuracy})
+        row = {"learning_rate": rate, "updates_of_the_tuner": len(tuned[rate])}
+        row |= {"reward": sum(whole) / steps, "accuracy_after": accuracy}
+        rows.append(row | {"reward_last_fifth": sum(whole[-steps // 5 :]) / (steps // 5)})
         print(json.dumps(rows[-1]), flush=True)
     best = max(rows, key=lambda row: row["reward"])["learning_rate"]
     cost = sum(row["updates_of_the_tuner"] for row in rows) / (len(rows) * steps)
-    result = {
-        "name": name,
-        "tuner": chosen,
-        "sweep": best,
-        "factor": max(chosen / best, best / chosen),
-        "share_of_cost": cost,
-    }
+    result = {"name": name, "tuner": chosen, "sweep": best}
+    result |= {"factor": max(chosen / best, best / chosen), "share_of_cost": cost}
     print(result, flush=True)
     return result | {"settings": settings[4:] if "--model" in settings else settings, "runs": rows}
 
@@ -76,7 +80,8 @@ def main() -> None:
         work = [(f"demo, seed {seed}", ["--seed", str(seed)], 50) for seed in options.seeds]
         if model:
             Path("word_problems.jsonl").write_text(python(str(HERE / "word_problems.py"), "1200"))
-            work.append(("SmolLM2-135M-Instruct", ["--model", model, "--data", "word_problems.jsonl", *ON_MODEL], 40))
+            settings = ["--model", model, "--data", "word_problems.jsonl", *ON_MODEL]
+            work.append(("SmolLM2-135M-Instruct", settings, 40))
         for name, settings, steps in work:
             results = [r for r in results if r["name"] != name] + [compare(name, settings, steps)]
             out.write_text(json.dumps(results, indent=1) + "\n")

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from unittest import mock
@@ -981,7 +982,7 @@ def test_the_three_files_import_nothing_of_the_runner_and_the_runner_nothing_of_
     for text in (sources["lora.py"], sources["rewards.py"], story):
         assert "import_module" not in text and "__import__" not in text
         assert not re.search(r"\brunner\b", text)
-    assert main and imported(command.replace("\n    ", "\n").strip()) & ours == {"runner"}
+    assert main and imported(textwrap.dedent(command)) & ours == {"runner"}
     assert len(command.splitlines()) <= 5
     for path in (HERE / "runner").glob("*.py"):
         found = imported(path.read_text(encoding="utf-8")) & ours
