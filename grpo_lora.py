@@ -858,7 +858,9 @@ class Record:
     shown = 8  # samples of each batch
 
     def begin(self, trainer: GRPOTrainer) -> None:
-        folder = Path(str(trainer.args.output_dir))
+        if not trainer.args.output_dir:
+            raise ValueError("output_dir: a record needs a folder")
+        folder = Path(trainer.args.output_dir)
         if trainer.step == 0 and (folder / "metrics.jsonl").exists():
             raise ValueError(f"output_dir: {folder} holds another run; name a new folder")
 

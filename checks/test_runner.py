@@ -43,7 +43,16 @@ from lora import LoRAConfig, load_lora, save_lora
 from runner import checkpoints, cli, demo, report, watch
 from runner.cli import main
 from runner.report import printable
-from test_training import ROWS, TOKENIZER, VOCAB, adapters_of, one_by_one, tiny_model, with_adapters
+from test_training import (
+    ROWS,
+    TOKENIZER,
+    VOCAB,
+    adapters_of,
+    one_by_one,
+    tiny_model,
+    trainer,
+    with_adapters,
+)
 
 
 def test_updates_that_are_not_finite_are_skipped_and_counted_and_three_in_a_row_end_the_run_saved(
@@ -987,3 +996,19 @@ def test_the_three_files_import_nothing_of_the_runner_and_the_runner_nothing_of_
     for path in (HERE / "runner").glob("*.py"):
         found = imported(path.read_text(encoding="utf-8")) & ours
         assert found <= {"grpo_lora", "lora", "rewards", "runner"}, path.name
+
+
+def test_settings_that_begin_with_a_sign_come_back_from_their_file(tmp_path):
+    given = ["--model", "m", "--data=@data", "--system_prompt=-brief 'and' @true\nlines"]
+    given += ["--reward_weights", "1", "-1e-05", "--rewards", "format,accuracy"]
+    settings = cli.parse([*given, "--target_modules", "q_proj,v_proj"])
+    path = cli.write_settings(tmp_path / "settings.args", *settings)
+    assert cli.parse([f"@{path}"]) == settings
+
+
+def test_a_record_needs_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for record in (grpo_lora.Record(), checkpoints.Checkpoints()):
+        with pytest.raises(ValueError, match="output_dir: .* folder"):
+            trainer(callbacks=[record]).train()
+    assert not list(tmp_path.iterdir())

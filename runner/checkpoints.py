@@ -52,6 +52,8 @@ class Checkpoints(Record):
         if self.identity:  # train was called a second time
             return
         check_output_dir(trainer.args.output_dir, self.resume)
+        if not trainer.args.output_dir:
+            raise ValueError("output_dir: checkpoints need a folder")
         self.identity = identity(trainer)
         if self.resume:
             load_newest(trainer, self.identity)

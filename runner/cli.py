@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import re
 import shlex
 import signal
 import sys
@@ -195,6 +196,8 @@ def make_parser() -> Parser:
         elif action.dest == "target_modules":
             action.nargs, action.type = None, parse_target_modules
     parser.set_defaults(target_modules="all-linear", r=16, lora_alpha=32.0)
+    # argparse knows negative numbers by their form, and not that -1e-5 is one
+    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
     return parser
 
 
@@ -246,9 +249,12 @@ def write_settings(path: Path, *settings: Any, **changed: Any) -> Path:
             continue
         if name == "target_modules" and not isinstance(value, str):
             value = ",".join(value)
-        words = map(str, value) if isinstance(value, list) else [value]
-        words = [json.dumps(value)] if isinstance(value, dict) else map(str, words)
-        lines.append(shlex.join([f"--{name}", *words]) + "\n")
+        if isinstance(value, list):
+            words = [f"--{name}", *map(str, value)]
+        else:  # in one word, as a value may begin with - or @
+            value = json.dumps(value) if isinstance(value, dict) else value
+            words = [f"--{name}={value}"]
+        lines.append(shlex.join(words) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(lines)
     path.write_text(text, encoding="utf-8", errors="surrogateescape")  # names may be any bytes
