@@ -1009,6 +1009,6 @@ def test_settings_that_begin_with_a_sign_come_back_from_their_file(tmp_path):
 def test_a_record_needs_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for record in (grpo_lora.Record(), checkpoints.Checkpoints()):
-        with pytest.raises(ValueError, match="output_dir: .* folder"):
+        with pytest.raises(ValueError, match=r"output_dir: .* folder"):
             trainer(callbacks=[record]).train()
     assert not list(tmp_path.iterdir())
