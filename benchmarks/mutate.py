@@ -636,13 +636,16 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="judge every N-th mutant")
     parser.add_argument("--only", nargs="*", choices=JUDGED, default=list(JUDGED))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("-k", default="", help="judge by tests of these names alone, as in pytest")
     parser.add_argument("--resume", action="store_true", help="judge those not judged yet")
     parser.add_argument("--again", action="store_true", help="judge survivors without a reason")
     parser.add_argument("--list", action="store_true", help="say how many there are, and stop")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "mutations.json")
+    out = ROOT / "benchmarks" / "mutations.json"
+    parser.add_argument("--out", type=Path, default=out, help="another file, for a sample, say")
     options = parser.parse_args()
     options.out = options.out.resolve()
-    options.command = " ".join(["python benchmarks/mutate.py", *sys.argv[1:]])
+    options.command = "python benchmarks/mutate.py"
+    options.command += f" --every {options.every}" if options.every > 1 else ""
     options.all = [mutant for file in JUDGED for mutant in mutants(file)]
     for file in JUDGED:
         print(file, sum(m.about["file"] == file for m in options.all))
@@ -665,10 +668,8 @@ def main() -> None:
     torch.set_num_threads(1)
     os.chdir(ROOT)
     files = dict.fromkeys(test for file in options.only for test in JUDGED[file])
-    plain = ["-q", "-s", "-o", "addopts="]
-    plain += [
-        word for name in ("cacheprovider", "xdist", "timeout") for word in ("-p", f"no:{name}")
-    ]
+    plain = ["-q", "-s", "-o", "addopts=", "-k", options.k]
+    plain += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:timeout"]
     sys.exit(pytest.main([*plain, *files], plugins=[MutationTesting(options)]))
 
 
