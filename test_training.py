@@ -663,6 +663,15 @@ def test_a_snapshot_is_the_policy_of_its_moment():
         assert torch.equal(model(ids).logits, after) and not torch.equal(after, before)
 
 
+def test_a_merged_and_unloaded_model_keeps_what_was_trained_in_full():
+    model = with_adapters(tiny_model(), modules_to_save=["lm_head"], target_modules=["q_proj"])
+    ids, trained = torch.randint(0, VOCAB, (2, 5)), model.lm_head.trained
+    out = model(ids).logits
+    plain = merge_and_unload(model)
+    assert plain.lm_head is trained and not any(isinstance(m, TrainedCopy) for m in plain.modules())
+    torch.testing.assert_close(plain(ids).logits, out)
+
+
 def test_modules_to_save_are_not_adapted_inside():
     model = with_adapters(tiny_model(), modules_to_save=["mlp"])
     assert not [
@@ -1112,6 +1121,21 @@ def test_a_trainer_that_cannot_work_says_so():
     ]:
         with pytest.raises(ValueError, match=words):
             make()
+
+
+def test_a_trainer_goes_on_from_the_state_of_another():
+    """Weights, moments, schedule and reference: the next update is the same, to the bit."""
+    settings = {"beta": 0.1, "lr_scheduler_type": "linear", "max_steps": 4}
+    make = lambda: trainer(
+        with_adapters(tiny_model()), **settings
+    )  # not new: the reference is a copy
+    first, second = make(), make()
+    first.train(until=2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.step == 2 and second.tokens == first.tokens > 0
+    assert first.train()["loss"] == second.train()["loss"]
+    for name, p in first.params.items():
+        assert torch.equal(p, second.params[name])
 
 
 # --------------------------------------------------------------------------------- rewards and data
