@@ -358,6 +358,9 @@ def execute_again(modules: dict[str, Any], mutant: Mutant | None, items: list) -
 # -------------------------------------------------------------------------------------- the judging
 
 
+IMPORT = -1  # in place of a test's number
+
+
 class Test(NamedTuple):
     """A test, the seconds that it takes, and the lines that it reaches, by file."""
 
@@ -399,6 +402,7 @@ class MutationTesting(Reports):
         super().__init__()
         self.options = options
         self.children: set[int] = set()
+        self.on_import: dict[str, set[int]] = {}  # lines by file
 
     def pytest_collection_modifyitems(self, items: list) -> None:
         items[:] = [item for item in items if not any(word in item.name for word in SLOW)]
@@ -406,7 +410,7 @@ class MutationTesting(Reports):
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items, self.modules = list(session.items), our_modules()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+        signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended by a signal", 1))
         started = time.perf_counter()
         try:
             self.tests = self.reached()
@@ -451,18 +455,22 @@ class MutationTesting(Reports):
                 rows += map(json.loads, Path(f"{scratch}/{share}").read_text().splitlines())
         tests = []
         for row in sorted(rows, key=lambda row: row["index"]):
-            item, lines = self.items[row["index"]], {f: set(ls) for f, ls in row["lines"].items()}
+            lines = {file: set(some) for file, some in row["lines"].items()}
+            if row["index"] == IMPORT:
+                self.on_import = lines
+                continue
+            item = self.items[row["index"]]
             if row["failed"]:
                 print(f"left out: {item.name[:70]}: {'; '.join(row['failed'])[:200]}", flush=True)
             else:
                 file = str(Path(item.path).relative_to(ROOT))
                 tests.append(Test(item, file, row["seconds"], lines))
-        if len(rows) < len(self.items):
-            print(f"left out: {len(self.items) - len(rows)} tests after a crash", flush=True)
+        if missing := len(self.items) + n - len(rows):
+            print(f"left out: {missing} tests after a crash", flush=True)
         return tests
 
     def trace(self, indices: range, path: str) -> None:
-        execute_again(self.modules, None, self.items)
+        """Run some tests, and write what each reaches. Before them: what an import reaches."""
         judged, reached = {str(ROOT / file): file for file in JUDGED}, {}
 
         def on_call(frame: Any, event: str, arg: Any) -> Any:
@@ -476,12 +484,15 @@ class MutationTesting(Reports):
 
             return on_line(frame, event, arg)
 
-        for index in indices:
+        for index in [IMPORT, *indices]:
             reached.clear()
-            start = time.perf_counter()
+            start, failed = time.perf_counter(), []
             threading.settrace(on_call)
             sys.settrace(on_call)
-            failed = self.run(self.items[index], None)  # fixtures are made anew for each test
+            if index == IMPORT:
+                execute_again(self.modules, None, self.items)
+            else:
+                failed = self.run(self.items[index], None)  # fixtures are made anew for each test
             sys.settrace(None)
             row = {"index": index, "seconds": time.perf_counter() - start, "failed": failed}
             row["lines"] = {file: sorted(lines) for file, lines in reached.items()}
@@ -493,7 +504,8 @@ class MutationTesting(Reports):
         file = mutant.about["file"]
         reach = lambda test, lines: bool(test.lines.get(file, set()) & lines)
         tests = [test for test in self.tests if test.file in JUDGED[file]]
-        if not mutant.on_import:
+        imported = mutant.on_import or mutant.lines & self.on_import.get(file, set())
+        if not imported:
             tests = [test for test in tests if reach(test, mutant.lines)]
         first = {name for name, _ in killers.most_common(3)}
         far = lambda test: (test.item.name not in first, not reach(test, mutant.body), test.seconds)

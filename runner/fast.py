@@ -52,7 +52,10 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Rollout:
 @functools.wraps(grpo_lora.completion_logps)
 def completion_logps(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     prepare()
-    with patch.object(LoRALinear, "_down", narrow_inputs):
+    # a layer that is computed again in the backward pass must do there what it did here
+    again = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    down = LoRALinear._down if again else narrow_inputs
+    with patch.object(LoRALinear, "_down", down):
         return grpo_lora.completion_logps(FastLM(model), *args, **kwargs)  # type: ignore[arg-type]
 
 
