@@ -28,6 +28,7 @@ import math
 import operator
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ from lora import (
     save_lora,
     setting,
 )
-from rewards import call_rewards, reward_function, reward_name
+from rewards import OPENED, call_rewards, check_gold, reward_function, reward_name
 
 # ---------------------------------------------------------------------------------- the objective
 
@@ -295,12 +296,11 @@ def check_settings(settings: Any) -> None:
 
 
 def check_choice(value: Any, choices: Iterable[str], what: str) -> None:
-    """Raises ValueError, naming the nearest choice, for a value that is none of them."""
+    """Raises ValueError for a value that is none of the choices, naming one that is near."""
     if value not in (choices := list(choices)):
-        near, there = difflib.get_close_matches(str(value), choices, 1, 0.0)[0], ", ".join(choices)
-        raise ValueError(
-            f"{what}: {value!r} is unknown, did you mean {near!r}? (all: {there:.200})"
-        )
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what}: {value!r} is unknown{hint} (all: {', '.join(choices):.200})")
 
 
 Rows = Any  # a sequence of dicts: rows of a data set, or samples
@@ -327,6 +327,8 @@ class GRPOConfig:
     temperature: float = setting(1.0, "The policy is softmax(logits / temperature).", above=0,
                                  why=" (greedy sampling gives a group of equal completions)")
     system_prompt: str | None = setting(None, "Put before every prompt; makes text prompts chats.")
+    chat_template_kwargs: dict[str, Any] | None = setting(
+        None, "For the chat template; a row's column of this name goes before it.")
     mask_truncated_completions: bool = setting(False, "Leave rows without an EOS out of the loss.")
     # the objective: see grpo_loss, group_advantages, kl_penalty
     loss_type: str = setting("dapo", "Surrogate and aggregation.", choices=tuple(AGGREGATION))
@@ -365,6 +367,10 @@ class GRPOConfig:
             raise ValueError(f"epsilon = {self.epsilon}: at most 1, as 1 - epsilon bounds a ratio")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("epsilon_high: cispo needs its cap on the ratio (ScaleRL uses 5.0)")
+        by_length = AGGREGATION[self.loss_type] in ("token", "constant")
+        if by_length and self.importance_sampling_level == "sequence":
+            what = f"sequence level with loss_type {self.loss_type!r}"
+            warnings.warn(f"{what} weighs a row by its length; GSPO's is grpo", stacklevel=3)
         if not clips and self.delta is not None:
             raise ValueError(f"delta: has no meaning with loss_type {self.loss_type!r}")
         if self.max_steps % self.num_iterations:
@@ -439,8 +445,13 @@ class GRPOTrainer:
         if args.mask_truncated_completions:
             rollout.completion_mask &= self.ended(rollout).unsqueeze(1)
         mask = rollout.completion_mask  # (B, T)
-        per_token = AGGREGATION[args.loss_type] == "token"
-        normalizer = sum(gather(int(mask.sum()) if per_token else len(mask)))
+        counts = gather((int(mask.sum()), len(mask)))
+        tokens, count = map(sum, zip(*counts, strict=True))  # of all processes
+        aggregation = AGGREGATION[args.loss_type]
+        normalizer = tokens if aggregation == "token" else count
+        # Half precision can't hold a gradient that is divided by a million tokens. It passes the
+        # model times a power of two, which rounds nothing, and is divided by that afterwards.
+        scale = 2.0 ** int(math.log2(max(1, count if aggregation == "row_sum" else tokens)))
         micro_batches = self.micro_batches(rollout, advantages)
 
         for _ in range(args.num_iterations):
@@ -459,12 +470,12 @@ class GRPOTrainer:
                     ref_logps=batch.ref_logps, policy_mask=batch.policy_mask,
                     normalizer=normalizer, **self.objective,
                 )  # fmt: skip
-                loss.backward()
+                (loss * scale).backward()
                 total += loss.item()
                 means.add_batch(batch.rollout, old_logps, entropies, stats)
             if not rollout.logps.isfinite().all():
                 total = math.nan  # a broken policy shows here, also where no group needs a forward
-            total, grad_norm = self.reduce_and_clip(total)
+            total, grad_norm = self.reduce_and_clip(total, scale)
             finite = math.isfinite(total) and math.isfinite(grad_norm)
             if finite:
                 self.optimizer.step()
@@ -480,7 +491,7 @@ class GRPOTrainer:
         """Completions from the policy as it is now, on merged weights where merging is exact. What
         is sampled does not depend on the number of processes, which share one stream of draws."""
         args = self.args
-        prompts = [torch.tensor(self.encode(row["prompt"])) for row in rows]
+        prompts = [torch.tensor(self.encode(row)) for row in rows]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(self.device)  # (P, L)
         before = (self.rank * len(rows) * num_generations, args.max_completion_length)
@@ -500,7 +511,12 @@ class GRPOTrainer:
         rows = [row for row in rows for _ in range(G)]  # each row G times, as the completions lie
         masked = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
         ids = [row_ids[mask].tolist() for row_ids, mask in masked]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ends = {*self.eos_token_ids, self.tokenizer.pad_token_id}  # other special tokens are words
+        texts = self.tokenizer.batch_decode([[i for i in row if i not in ends] for row in ids])
+        # a tag that the template opened at the end of the prompt belongs to what follows it
+        tails = zip(rollout.prompt_ids[:, -16:], rollout.prompt_mask[:, -16:], strict=True)
+        opened = [OPENED.findall(self.tokenizer.decode(tail[seen]))[0] for tail, seen in tails]
+        texts = [opened[i // G] + text for i, text in enumerate(texts)]
         names = ("max_steps", "max_completion_length")
         state = {"global_step": self.step} | {name: getattr(self.args, name) for name in names}
         given: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
@@ -565,10 +581,11 @@ class GRPOTrainer:
         for batch, entropy in pairs:
             batch.policy_mask = entropy >= threshold
 
-    def reduce_and_clip(self, loss: float) -> tuple[float, float]:
-        """Sum loss and gradients over the processes, in one all-reduce, and clip the gradients.
-        Returns the loss, and the gradient's norm before that."""
+    def reduce_and_clip(self, loss: float, scale: float) -> tuple[float, float]:
+        """Divide gradients by scale, sum them and the loss over the processes, in one all-reduce,
+        and clip the gradients. Returns the loss, and the gradient's norm before clipping."""
         gradients: list[Any] = [p.grad for p in self.params.values()]
+        torch._foreach_div_(gradients, scale)
         if self.world > 1:
             parts = [torch.tensor([loss], device=self.device), *(g.flatten() for g in gradients)]
             dist.all_reduce(flat := torch.cat(parts))
@@ -689,6 +706,8 @@ class GRPOTrainer:
         reference: Callable[[], Any] | None = None, callbacks: Sequence[Any] = (),
         engine: Any = None,
     ) -> None:  # fmt: skip
+        if isinstance(model, str):
+            raise ValueError(f"model: load it: AutoModelForCausalLM.from_pretrained({model!r})")
         self.model: Any = model
         self.args = args = dataclasses.replace(args)  # ours: the caller's stays as it is
         self.engine = engine or sys.modules[__name__]
@@ -716,19 +735,24 @@ class GRPOTrainer:
         if processing_class is None and not folder:
             raise ValueError("processing_class: the model comes from no folder; pass its tokenizer")
         self.tokenizer = processing_class or AutoTokenizer.from_pretrained(folder)
-        self.encode = lambda prompt: encode_prompt(prompt, self.tokenizer, args.system_prompt)
+        self.encode = lambda row: encode_prompt(
+            row["prompt"], self.tokenizer, args.system_prompt,
+            **(args.chat_template_kwargs or {}) | (row.get("chat_template_kwargs") or {}),
+        )  # fmt: skip
         named = getattr(getattr(lm.core, "generation_config", None), "eos_token_id", None)
         named = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         self.eos_token_ids = [i for i in dict.fromkeys(named) if i is not None]  # every one counts
         if not self.eos_token_ids:
             raise ValueError("no completion could end: the tokenizer has no EOS; set its eos_token")
         padding = self.tokenizer.pad_token_id
-        self.pad_token_id = self.eos_token_ids[0] if padding is None else padding
+        vocabulary = lm.core.get_input_embeddings().weight.shape[0]
+        fits = padding is not None and padding < vocabulary  # any id that does: padding is masked
+        self.pad_token_id = padding if fits else self.eos_token_ids[0]
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         window = getattr(lm.core.config.get_text_config(), "max_position_embeddings", None)
         room = (window or math.inf) - args.max_completion_length
         for rows in (train_dataset, *([] if eval_dataset is None else [eval_dataset])):
-            check_dataset(rows, self.reward_funcs, self.encode, room)
+            check_dataset(rows, self.reward_funcs, self.encode, room, vocabulary)
 
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.params:
@@ -782,7 +806,13 @@ class GRPOTrainer:
         if isinstance(self.reference, lora_snapshot):
             self.reference.tensors = state["reference"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        schedule = self.scheduler
+        schedule.load_state_dict(state["scheduler"])
+        # the stored rate is the old schedule's, and max_steps may have grown
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [base * f for base, f in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
 
 @dataclass
@@ -929,7 +959,8 @@ def generate(
     lm, G, device = CausalLM.of(model), num_generations, prompt_ids.device
     drawn_on = generator.device if generator else "cpu"  # the same draws wherever the model is
     size = (len(prompt_ids) * G, max_completion_length)
-    draws = torch.rand(*size, generator=generator, dtype=torch.float64, device=drawn_on).to(device)
+    draws = torch.rand(*size, generator=generator, dtype=torch.float64, device=drawn_on)
+    draws = draws.to(device, widest(device))
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
     parts = []
     with evaluating(lm.core):
@@ -978,6 +1009,11 @@ def _write_rows(
     return ids, logps
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, but on Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def draw_tokens(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     """Sample by inverting the cumulative distribution.    (b, V), (b,) -> token ids (b,)
 
@@ -986,9 +1022,9 @@ def draw_tokens(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     >>> draw_tokens(torch.tensor([[0.2, 0.3, 0.5]]).log(), torch.tensor([0.4]))
     tensor([1])
     """
-    cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
+    cdf = log_probs.exp().cumsum(dim=-1, dtype=widest(log_probs.device))
     # rounding leaves the last entry near 1, not at it, so the uniform number is scaled to it
-    draws = uniforms.unsqueeze(1).double() * cdf[:, -1:]
+    draws = uniforms.unsqueeze(1).to(cdf) * cdf[:, -1:]
     tokens = torch.searchsorted(cdf, draws, right=True).squeeze(1)
     return tokens.clamp(max=cdf.shape[1] - 1)  # where that product was rounded up
 
@@ -1182,45 +1218,66 @@ def check_causal(core: Any, peft_config: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------- data
 
 
-def encode_prompt(prompt: Any, tokenizer: Any, system_prompt: str | None = None) -> list[int]:
+def encode_prompt(
+    prompt: Any, tokenizer: Any, system_prompt: str | None = None, **chat_template_kwargs: Any
+) -> list[int]:
     """Token ids: of messages by the chat template; of text as it is, unless a system prompt makes
-    it a chat. Raises ValueError for a prompt that is neither."""
+    it a chat. At most one BOS, and no EOS that nobody wrote. Raises ValueError for what is neither.
+    """
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     is_text = lambda message, key: isinstance(message, dict) and isinstance(message.get(key), str)
     right = isinstance(chat, list) and all(is_text(m, k) for m in chat for k in ("role", "content"))
     if not prompt or not right:
         raise ValueError("'prompt' must be text or a list of messages with 'role' and 'content'")
     if isinstance(prompt, str) and system_prompt is None:
-        return tokenizer(prompt).input_ids
+        plain = tokenizer(prompt, add_special_tokens=False).input_ids
+        if not plain or plain[0] == tokenizer.bos_token_id:
+            return plain
+        ids = tokenizer(prompt).input_ids
+        return ids[: ids.index(plain[0]) + len(plain)]
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the prompt is a chat, and the tokenizer has no chat template; use text")
     if system_prompt is not None:
         chat = [{"role": "system", "content": system_prompt}, *chat]
     begun = chat[-1]["role"] == "assistant"  # an answer begun in the data is continued
+    if begun:
+        warnings.warn("a prompt ends with an assistant's message: it is continued", stacklevel=2)
     options = {"add_generation_prompt": not begun, "continue_final_message": begun}
-    text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    text = tokenizer.apply_chat_template(chat, tokenize=False, **chat_template_kwargs | options)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def check_dataset(rows: Rows, reward_funcs: Sequence[Any], encode: Any, room: float) -> None:
+def check_dataset(
+    rows: Rows, reward_funcs: Sequence[Any], encode: Any, room: float, vocabulary: int
+) -> None:
     """Raises ValueError for the first row whose prompt or columns cannot be used."""
     given = "prompts completions completion_ids trainer_state log_extra log_metric".split()
+    if isinstance(rows, dict) or not hasattr(rows, "__len__") or hasattr(rows, "iloc"):
+        how = "a DataFrame's to_dict('records'), one split of a DatasetDict, list(IterableDataset)"
+        raise ValueError(f"the data set is a {type(rows).__name__}: must be rows, as {how}")
     if not len(rows):
         raise ValueError("the data set is empty")
     for i in range(len(rows)):
         row = rows[i]
         try:
-            length = len(encode(row.get("prompt")))
-            if not 0 < length <= room:
-                raise ValueError(f"the prompt has {length} tokens; between 1 and {room:g} fit")
             columns = [key for key in row if key != "prompt"]
+            has = f"the row has {', '.join(columns) or 'no column but prompt'}"
+            if "prompt" not in row:
+                raise ValueError(f"'prompt' is missing (--prompt_column names another); {has}")
+            for name in {"tools", "image", "images", "environment"} & row.keys():
+                raise ValueError(f"column {name!r} has a meaning in TRL and none here: drop it")
+            ids = encode(row)
+            if not 0 < len(ids) <= room:
+                raise ValueError(f"the prompt has {len(ids)} tokens; between 1 and {room:g} fit")
+            if max(ids) >= vocabulary:
+                raise ValueError(f"token {max(ids)} is beyond the model's {vocabulary} embeddings")
             answer = ["answer"] if "solution" in row else []
             for function in reward_funcs:
                 try:
                     inspect.signature(function).bind(**dict.fromkeys(given + columns + answer))
                 except TypeError as error:
-                    has = f"the row has {', '.join(columns) or 'no column but prompt'}"
                     raise ValueError(f"reward {reward_name(function)}: {error}; {has}") from None
+                check_gold(function, row)
         except Exception as error:  # a chat template is a program, and may raise anything
             where = getattr(row, "origin", f"dataset row {i}")  # a file and line, if known
             raise ValueError(f"{where}: {error}") from error

@@ -6,23 +6,19 @@ open-r1's signature: theirs run here unchanged, and these run there. Completions
 lists of chat messages. The trainer also passes completion_ids, trainer_state, log_extra and
 log_metric. `async def` is fine.
 
-The functions here return for any text, in time linear in its length. They evaluate nothing that a
-model wrote. They follow open-r1 (github.com/huggingface/open-r1, src/open_r1/rewards.py), but for:
-
-    accuracy_reward         exact fractions; no LaTeX parser reads model text
-    format_reward           any white space may separate the tags; nothing may follow the answer
-    tag_count_reward        a tag counts with or without the line breaks around it
-    reasoning_steps_reward  numbered lines count anywhere in the text
-    length_reward           compares within the group of one prompt, in tokens
-    cosine_reward           is flat beyond max_len, and counts tokens
-    soft_overlong_penalty   takes its length from the run, unless told
+The functions here return for any text, in time linear in its length, and evaluate nothing that a
+model wrote. (math_verify, the library's checker, parses it.) Their names and parameters are those
+of open-r1, src/open_r1/rewards.py; where a meaning differs the function says so.
 """
 
 import asyncio
+import copy
+import importlib.util
 import inspect
 import itertools
 import math
 import re
+import threading
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,13 +46,13 @@ def extract_answer(text: str) -> str | None:
     2. the last complete <answer>...</answer>
     3. the rest of the line after the last ####, as in GSM8K
 
-    An empty marking is passed over. There is no guessing at unmarked numbers: with "the last
-    number" as a rule, "I count 12345 ways to fail" is an answer.
+    An empty marking is passed over, and so is a thought that never closes. There is no guessing at
+    unmarked numbers: with "the last number" as a rule, "I count 12345 ways to fail" is an answer.
 
     >>> extract_answer(r"<think>\boxed{7}</think> It is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
-    text = text.rpartition("</think>")[2]
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
     before, closing, _ = text.rpartition("</answer>")
     _, opening, tagged = before.rpartition("<answer>")
     hashed = text.rpartition("####")[2] if "####" in text else ""
@@ -65,130 +61,192 @@ def extract_answer(text: str) -> str | None:
         tagged if opening and closing else "",
         hashed.lstrip(" \t").partition("\n")[0],
     ):
-        if found.strip():
-            return found.strip()
+        if unwrap(found):
+            return unwrap(found)
     return None
 
 
+def unwrap(text: str) -> str:
+    r"""Without the white space, **...**, $...$, \(...\) or \[...\] around it."""
+    text = text.strip()
+    for left, right in (("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(left) and text.endswith(right) and len(text) >= len(left + right):
+            text = text[len(left) : -len(right)].strip()
+    return text
+
+
 def _last_boxed(text: str) -> str:
-    r"""What stands in the last \boxed{...} whose braces close; of nested ones the inner; or ''."""
+    r"""What stands in the last \boxed{...} that closes and is not empty, or the number in the last
+    \boxed 2; of nested ones the inner; or ''."""
     open_braces: list[tuple[bool, int]] = []  # (is it a \boxed?, where its content starts)
     start, last = -1, ""
-    for match in re.finditer(r"(\\boxed\s*\{)|\\.|[{}]", text, re.DOTALL):
-        if match[1] or match[0] == "{":
+    pattern = r"(\\boxed\s*\{)|\\boxed\s+([+-]?[0-9.,/]*[0-9])|\\.|[{}]"
+    for match in re.finditer(pattern, text, re.DOTALL):
+        if match[2]:
+            start, last = match.start(2), match[2]
+        elif match[1] or match[0] == "{":
             open_braces.append((bool(match[1]), match.end()))
         elif match[0] == "}" and open_braces:
             boxed, begin = open_braces.pop()
-            if boxed and begin > start:
+            if boxed and begin > start and text[begin : match.start()].strip():
                 start, last = begin, text[begin : match.start()]
     return last
 
 
 # -------------------------------------------------------------------------------- comparing answers
 
-_DECIMAL = (
-    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"  # 1,234.5 12.5 .5
-    r"(?:[eE][+-]?[0-9]{1,3})?"
+_TEXT = r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf))\s*\{([^{}]*)\}"
+_REWRITES = [  # notations that do not change the meaning, one after the other
+    (_TEXT, r" \1 "),
+    (r"(?<=[0-9])(?<!\b0)(?:\{,\}|,\\!|\\,)(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}000
+    (r"\\(?:left|right)(?![A-Za-z])|(?<!\\)(?:\\[!()[\]]|\$)", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1"),
+    (r"[\u2212\u2012\u2013\u2014]", "-"),
+    (r"\\%", "%"),
+    (r"°|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
+    (r"(?:(?<!\\)\\[ ,;:]|~|\\q?quad(?![A-Za-z])|\s)+", " "),
+    (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"),  # a space counts between letters or digits
+    (r"(?<![^\W_]) | (?![^\W_])|(?<=[0-9]) (?=[A-Za-z])", ""),
+    (r"(\\frac|\\sqrt(?:\[[^\]]*\])?|[\^_]) ?([0-9A-Za-z])", r"\1{\2}"),  # TeX takes one character
+    (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9A-Za-z])", r"\1{\2}"),
+    (r"^([+-]?)10\^", r"\g<1>1\\times10^"),
+]
+_COMMAS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])"  # 1,234
+_DECIMAL = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)"  # 12, -12.5, .5, 1e3
+_NUMBER = (  # where it stands alone, or alone between brackets and commas
+    r"(?<![^(\[{},;&\\])([+-]?)(?:([0-9]+)(?: |(?=\\)))?"  # the 1 of 1 1/2
+    rf"(?:\\frac\{{{_DECIMAL}\}}\{{{_DECIMAL}\}}"
+    rf"|(?![+-]){_DECIMAL}(?:/(?![+-]){_DECIMAL}|\\(?:times|cdot)10\^\{{(-?[0-9]{{1,3}})\}})?)"
+    r"(%?)(?=$|[)\]},;&]|\\[\\}]|\\end)"
 )
-_NUMBER = re.compile(
-    r"(?P<sign>[+-]?)\s*(?:(?P<whole>[0-9]+)(?:\s+|\s*(?=\\)))?"  # the 1 of 1 1/2, 1\frac{1}{2}
-    rf"(?:(?P<n>{_DECIMAL})\s*/\s*(?P<d>{_DECIMAL})"
-    rf"|\\frac\s*(?:\{{\s*(?P<fs>[+-]?)\s*(?P<fn>{_DECIMAL})\s*\}}\s*"
-    rf"\{{\s*(?P<fd>{_DECIMAL})\s*\}}|(?P<sn>[0-9])\s*(?P<sd>[0-9])))\s*(?P<fpercent>%?)"
-    rf"|(?P<dsign>[+-]?)\s*(?P<decimal>{_DECIMAL})\s*(?P<percent>%?)"
+_UNIT = re.compile(  # \text{ cm}^2, or up to three words, if they make no other number of it; $, °
+    r"(?:\\(?:text|mbox|mathrm)\s*\{|\s(?=[A-Za-z]{3}|(?:[ckm]m|[km]g|in|ft|mi|lb)\b))"
+    r"(?![A-Za-z/\s]{0,40}\b(?:hundred|thousand|[a-z]+illion|dozen|percent|cent|hal(?:f|ve)|third|"
+    r"quarter|squared|cubed|factorial|root|sqrt|pi|mod|base|and|or|to|plus|minus|times|over|by|"
+    r"[ap]m)s?\b)\s*[A-Za-z/]+(?:\s+[A-Za-z]+){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
+    r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
 )
-_REWRITES = (
-    (
-        re.compile(
-            r"\\(?:left|right)(?![A-Za-z])|\\[,;:! $]|\^\s*(?:\\circ|\{\s*\\circ\s*\})|[$€£°]"
-        ),
-        "",
-    ),
-    (re.compile(r"\\%"), "%"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\[dt]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"[\u2212\u2012\u2013\u2014]"), "-"),
-)
-_LONGEST_NUMBER = 1000  # characters; anything longer is compared as text, so that time stays linear
+_LONGEST = 1000  # characters; anything longer is compared as it stands, so that time stays linear
 
 
 def canonical_answer(answer: Any) -> Fraction | str:
-    r"""What answers are compared by: an exact Fraction if the text is a number, else tidied text.
+    r"""What answers are compared by: an exact Fraction if the text is a number, else its parts.
 
-    Numbers: 42, -3, +7, 1,234, 0.50, .5, 3/4, 1 1/2, 50% (= 1/2), 1e3, \frac{1}{2}, \frac12,
-    1\frac{1}{2}, each with an optional currency or degree sign, $...$, a final full stop or a
-    leading "x =". ASCII digits only. Text is compared without white space, capitals, invisible
-    characters, \left, \right, \text{} and thin spaces.
+    Numbers: 42, -3, 1,234, .5, 3/4, 1 1/2, 50% (= 1/2), 1e3, 2\times10^3, \frac12, 1\frac{1}{2}.
+    ASCII digits only. Sets, tuples, intervals and matrices: element by element; sets in any order.
+    All else as it stands, but for notations that mean the same. White space counts between two
+    letters or two digits, case in commands alone (\Gamma is not \gamma).
 
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
     """
     visible = lambda c: unicodedata.category(c) != "Cf"  # no direction marks, no joiners
-    text = "".join(filter(visible, str(answer)))
+    text = unwrap("".join(filter(visible, str(answer))))
+    if len(text) > _LONGEST:
+        return text
     for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = text.strip().rstrip(".,;:! \t\n")
-    if re.match(r"[A-Za-z]\s*=[^=]", text):
-        text = text.partition("=")[2].strip()
-    match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
-    value = _value(match) if match else None
-    return "".join(text.split()).casefold() if value is None else value
+        text = re.sub(pattern, replacement, text)
+    text = text.rstrip(".,;: \n\t")
+    if not re.search(r"[(\[]|\\\{", text):  # there a comma separates elements
+        text = re.sub(_COMMAS, lambda match: match[0].replace(",", ""), text)
+    text = re.sub(_NUMBER, _value, text)
+    ordered = lambda match: ",".join(sorted(re.split(r",(?![^(]*\))", match[1])))
+    text = re.sub(r"(?<=\\\{)((?:[^{}]|\{[^{}]*\})*)(?=\\\})", ordered, text)
+    text = re.sub(r"^[({]([^(){}[\],]*)[)}]$", r"\1", text)  # (B) is B
+    fold = lambda word: word[0] if word[0][0] == "\\" else word[0].casefold()
+    text = re.sub(r"\\?[^\W_]+", fold, text)
+    return Fraction(text) if re.fullmatch("-?[0-9]+(?:/[1-9][0-9]*)?", text) else text
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
-    part = {name: (text or "").replace(",", "") for name, text in match.groupdict().items()}
-    if part["decimal"]:
-        value = Fraction(part["decimal"])
-    else:
-        denominator = Fraction(part["d"] or part["fd"] or part["sd"])
-        if denominator == 0 or (part["whole"] and part["fs"]):
-            return None
-        fraction = Fraction(part["n"] or part["fn"] or part["sn"]) / denominator
-        value = Fraction(part["whole"] or 0) + fraction
-    # a minus stands before the fraction or in its numerator; two of them cancel
-    if [part["sign"] + part["dsign"], part["fs"]].count("-") == 1:
-        value = -value
-    return value / 100 if part["percent"] or part["fpercent"] else value
+def _value(match: re.Match[str]) -> str:
+    """The number in a match of _NUMBER as a fraction in lowest terms; the text where it is none."""
+    sign, whole, above, below, n, d, power, percent = match.groups()
+    top, bottom = above or n, Fraction(below or d or 1)
+    if not bottom:
+        return match[0]
+    value = Fraction(top) * Fraction(10) ** int(power or 0) / bottom
+    if whole and not ((below or d) and top[0] != "0" and 0 < value < 1):
+        return match[0]  # 1 1/2 is a number, 1 000/3 is none
+    return str(
+        (int(whole or 0) + value) * Fraction(-1 if sign == "-" else 1, 100 if percent else 1)
+    )
 
 
 def answers_match(answer: Any, gold: Any) -> bool:
-    """Whether two answers are equal as canonical_answer reads them. None equals nothing.
+    """Whether two answers are surely equal, by canonical_answer. None equals nothing. A leading
+    "x =" counts only where both have one, and so does a unit after a number.
 
     >>> answers_match("1,234.0", "1234"), answers_match("1", "12345"), answers_match(None, None)
     (True, False, False)
     """
-    return (
-        answer is not None
-        and gold is not None
-        and canonical_answer(answer) == canonical_answer(gold)
-    )
+    if answer is None or gold is None:
+        return False
+    texts = [unwrap(str(x)) for x in (answer, gold)]
+    values = [re.sub(r"^\\?[A-Za-z]+\s*=(?=[^=]+$)", "", text) for text in texts]
+    if len(values[0]) < len(texts[0]) and len(values[1]) < len(texts[1]):
+        values = texts
+    if max(map(len, values)) <= _LONGEST:
+        numbers = [canonical_answer(_UNIT.sub("", value)) for value in values]
+        if isinstance(numbers[0], Fraction) and numbers[0] == numbers[1]:
+            units = [canonical_answer("".join(_UNIT.findall(value))) for value in values]
+            return units[0] == units[1] or "" in units
+    return bool(canonical_answer(values[0]) == canonical_answer(values[1]))
 
 
 # ------------------------------------------------------------------------------------------ rewards
 
 
-def accuracy_reward(
-    prompts: Any, completions: Any, answer: Sequence[Any], **columns: Any
-) -> Rewards:
-    """1 if the marked answer equals the gold one, else 0; None where there is no gold answer.
+def accuracy_reward(prompts, completions, answer, **columns) -> Rewards:
+    """1 if the marked answer equals the gold one, else 0; None where there is no gold answer."""
+    return [
+        None if gold is None else float(answers_match(extract_answer(completion_text(text)), gold))
+        for text, gold in zip(completions, map(gold_answer, answer), strict=True)
+    ]
 
-    A gold text that marks an answer (a solution with \\boxed{} or ####) is read like a completion.
-    """
+
+def gold_answer(gold: Any) -> Any:
+    r"""The gold answer in a field of the data, None where that is empty or NaN. A list of one is
+    that one. A text that marks its answer (with \boxed{} or ####) is read like a completion."""
+    gold = gold[0] if isinstance(gold, list | tuple) and len(gold) == 1 else gold
+    missing = gold is None or gold != gold or not str(gold).strip("[] \n\t")
+    return None if missing else extract_answer(str(gold)) or gold
+
+
+def check_gold(function: Callable[..., Any], row: Any) -> None:
+    """Raises ValueError where `function` compares with a gold answer that nothing could match."""
+    if inspect.unwrap(function) in (accuracy_reward, length_reward, cosine_reward):
+        gold = gold_answer(row.get("answer", row.get("solution")))
+        words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", str(gold))
+        if isinstance(gold, list | tuple | dict) or len(words) > 7:
+            what = "a text that marks no answer (with \\boxed{} or ####)"
+            what = what if isinstance(gold, str) else f"a {type(gold).__name__}"
+            raise ValueError(f"no completion can match the gold answer, {what}: {gold!s:.60}")
+
+
+def math_verify_reward(prompts, completions, answer, **columns) -> Rewards:
+    """accuracy_reward by the library math-verify, as TRL calls it: it knows symbolic mathematics,
+    and may take 10 s for an answer. None where it cannot parse the gold answer."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    units = NormalizationConfig(units=True)
+    latex = LatexExtractionConfig(False, normalization_config=units, boxed_match_priority=0)
+    options = {"extraction_config": [latex], "extraction_mode": "first_match"}
+    limit = 10 if threading.current_thread() is threading.main_thread() else None  # it sets alarms
     scores: Rewards = []
     for completion, gold in zip(completions, answer, strict=True):
-        if gold is None or not str(gold).strip():
-            scores.append(None)
-        else:
-            gold = extract_answer(str(gold)) or gold
-            scores.append(float(answers_match(extract_answer(completion_text(completion)), gold)))
+        right = parse(str(gold), parsing_timeout=limit)
+        found = parse(completion_text(completion), parsing_timeout=limit, **options)
+        scores.append(float(verify(right, found, timeout_seconds=limit)) if right else None)
     return scores
 
 
+OPENED = re.compile(r"(?:<think>\s*(?:</think>\s*)?|<answer>\s*)?\Z")  # at the end of a prompt
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def format_reward(prompts: Any, completions: Any, **columns: Any) -> Rewards:
+def format_reward(prompts, completions, **columns) -> Rewards:
     """1 for <think>...</think> <answer>...</answer>, each tag once, nothing around them; else 0."""
     layout = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
     texts = map(completion_text, completions)
@@ -198,7 +256,7 @@ def format_reward(prompts: Any, completions: Any, **columns: Any) -> Rewards:
     ]
 
 
-def tag_count_reward(prompts: Any, completions: Any, **columns: Any) -> Rewards:
+def tag_count_reward(prompts, completions, **columns) -> Rewards:
     """1/4 for each of the four tags that occurs exactly once: a slope up to format_reward."""
     return [sum(0.25 for tag in TAGS if completion_text(c).count(tag) == 1) for c in completions]
 
@@ -209,7 +267,7 @@ _STEP = re.compile(
 )
 
 
-def reasoning_steps_reward(prompts: Any, completions: Any, **columns: Any) -> Rewards:
+def reasoning_steps_reward(prompts, completions, **columns) -> Rewards:
     """min(1, steps / 3). Steps: numbered or bulleted lines, "Step 1:", "First,", "Next," ..."""
     return [min(1.0, sum(1 for _ in _STEP.finditer(completion_text(c))) / 3) for c in completions]
 
@@ -219,10 +277,7 @@ def _lengths(completions: Any, completion_ids: Any) -> list[int]:
     return list(map(len, completion_ids or map(completion_text, completions)))
 
 
-def length_reward(
-    prompts: Any, completions: Any, answer: Sequence[Any], completion_ids: Any = None,
-    **columns: Any,
-) -> Rewards:  # fmt: skip
+def length_reward(prompts, completions, answer, completion_ids=None, **columns) -> Rewards:
     """Shorter is better within a group: λ = 1/2 - (len - min)/(max - min); min(0, λ) if wrong.
 
     0 where all are equally long; None where there is no gold answer. (Kimi k1.5, section 2.3.3)
@@ -242,10 +297,8 @@ def length_reward(
 
 
 def cosine_reward(
-    prompts: Any, completions: Any, answer: Sequence[Any], completion_ids: Any = None,
-    trainer_state: Any = None, min_value_wrong: float = -1.0, max_value_wrong: float = -0.5,
-    min_value_correct: float = 0.5, max_value_correct: float = 1.0, max_len: int | None = None,
-    **columns: Any,
+    prompts, completions, answer, completion_ids=None, trainer_state=None, min_value_wrong=-1.0,
+    max_value_wrong=-0.5, min_value_correct=0.5, max_value_correct=1.0, max_len=None, **columns,
 ) -> Rewards:  # fmt: skip
     """Half a cosine over the length, up to max_len: right answers score from max_value_correct down
     to min_value_correct, wrong ones from min_value_wrong up to max_value_wrong (Yeo et al. 2025).
@@ -265,7 +318,7 @@ def cosine_reward(
 
 
 def repetition_penalty_reward(
-    prompts: Any, completions: Any, ngram_size: int = 3, max_penalty: float = -1.0, **columns: Any
+    prompts, completions, ngram_size=3, max_penalty=-1.0, **columns
 ) -> Rewards:
     """max_penalty · (1 - distinct n-grams / n-grams), over lower-case words; 0 if none."""
     scores: Rewards = []
@@ -277,8 +330,8 @@ def repetition_penalty_reward(
 
 
 def soft_overlong_penalty(
-    prompts: Any, completions: Any, completion_ids: Any = None, trainer_state: Any = None,
-    max_completion_len: int | None = None, soft_punish_cache: int | None = None, **columns: Any,
+    prompts, completions, completion_ids=None, trainer_state=None, max_completion_len=None,
+    soft_punish_cache=None, **columns,
 ) -> Rewards:  # fmt: skip
     """0 up to L - C tokens, then linearly down to -1 at L and beyond (DAPO eq. 13).
 
@@ -295,16 +348,13 @@ def soft_overlong_penalty(
 
 
 REWARDS: dict[str, Callable[..., Any]] = {
-    "accuracy": accuracy_reward,
-    "format": format_reward,
-    "tag_count": tag_count_reward,
-    "reasoning_steps": reasoning_steps_reward,
-    "length": length_reward,
-    "cosine": cosine_reward,
-    "repetition_penalty": repetition_penalty_reward,
-    "soft_overlong_penalty": soft_overlong_penalty,
-}
-
+    reward.__name__.removesuffix("_reward"): reward
+    for reward in (
+        accuracy_reward, math_verify_reward, format_reward, tag_count_reward,
+        reasoning_steps_reward, length_reward, cosine_reward, repetition_penalty_reward,
+        soft_overlong_penalty,
+    )
+}  # fmt: skip
 
 # ------------------------------------------------------------------------- calling reward functions
 
@@ -315,9 +365,14 @@ class RewardError(RuntimeError):
 
 def reward_function(reward: Any) -> Callable[..., Any]:
     """A reward function, by its name in REWARDS or itself."""
-    if isinstance(reward, str) and reward.removesuffix("_reward") not in REWARDS:
+    if not isinstance(reward, str):
+        return reward
+    name = reward.removesuffix("_reward")
+    if name not in REWARDS:
         raise ValueError(f"rewards: {reward!r} is unknown (all: {', '.join(REWARDS)})")
-    return REWARDS[reward.removesuffix("_reward")] if isinstance(reward, str) else reward
+    if name == "math_verify" and not importlib.util.find_spec(name):
+        raise ValueError("rewards: math_verify needs: pip install math-verify[antlr4_13_2]")
+    return REWARDS[name]
 
 
 def reward_name(function: Callable[..., Any]) -> str:
@@ -331,16 +386,19 @@ def call_rewards(
 
     rows: the data's row of each completion. `solution` serves as `answer` where that is missing.
     """
-    names, extra = dict.fromkeys(name for row in rows for name in row), dict[str, list[Any]]()
+    extra: dict[str, list[Any]] = {}
+    names = dict.fromkeys(itertools.chain(*rows))
     columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
     if "solution" in columns:
         columns["answer"] = [row.get("answer", row.get("solution")) for row in rows]
-    prompts = columns["prompts"] = columns.pop("prompt")
+    columns["prompts"] = columns.pop("prompt")
     chat = lambda text: [{"role": "assistant", "content": text}]
-    pairs = zip(prompts, texts, strict=True)
+    pairs = zip(columns["prompts"], texts, strict=True)
     columns["completions"] = [t if isinstance(prompt, str) else chat(t) for prompt, t in pairs]
-    columns |= {"completion_ids": ids, "log_extra": extra.__setitem__, **given}
-    scores = [call_reward(function, len(rows), columns) for function in functions]
+    columns["completion_ids"] = ids
+    given["log_extra"] = extra.__setitem__
+    each = [copy.deepcopy(columns) | given for _ in functions]  # one may change what it gets
+    scores = [call_reward(f, len(rows), own) for f, own in zip(functions, each, strict=True)]
     for name, values in extra.items():
         if len(values) != len(rows):
             counts = f"{len(values)} values for {len(rows)} completions"

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import hypothesis
@@ -1099,6 +1100,9 @@ def test_reward_rises_on_a_task_that_can_be_learnt():
     assert t.train()["reward"] > 0.9
 
 
+PROSE = "Natalia sold 24 clips in May. Altogether she sold 72 clips in April and May."
+
+
 def test_a_trainer_that_cannot_work_says_so():
     for words, make in [
         ("no trainable parameter", lambda: trainer(tiny_model().requires_grad_(False))),
@@ -1118,6 +1122,35 @@ def test_a_trainer_that_cannot_work_says_so():
             lambda: trainer(rows=[{"prompt": "1+" * 40}]),
         ),
         ("data set is empty", lambda: trainer(rows=[])),
+        (
+            "row 0: 'prompt' is missing .*the row has question, answer",
+            lambda: trainer(rows=[{"question": "1", "answer": "#### 1"}]),
+        ),
+        (
+            "row 0: column 'tools' has a meaning in TRL",
+            lambda: trainer(rows=[ROWS[0] | {"tools": 1}]),
+        ),
+        ("data set is a dict: must be rows", lambda: trainer(rows={"train": ROWS})),
+        ("data set is a generator: must be rows", lambda: trainer(rows=iter(r for r in ROWS))),
+        (
+            "model: load it: .*'some/model'",
+            lambda: GRPOTrainer("some/model", digits, GRPOConfig(), ROWS),
+        ),
+        (
+            "row 0: token 10 is beyond the model's 8 embeddings",
+            lambda: trainer(
+                with_adapters(tiny_model(vocab_size=8)),
+                rows=[{"prompt": [{"role": "user", "content": "1"}]}],
+            ),
+        ),
+        (
+            "row 1: no completion can match the gold answer, a text that marks no answer",
+            lambda: trainer(reward="accuracy", rows=[ROWS[0], {"prompt": "1", "answer": PROSE}]),
+        ),
+        (
+            "row 0: no completion can match the gold answer, a list",
+            lambda: trainer(reward="accuracy", rows=[{"prompt": "1", "answer": ["1", "2"]}]),
+        ),
     ]:
         with pytest.raises(ValueError, match=words):
             make()
@@ -1275,6 +1308,193 @@ def test_names_that_rewards_log_do_not_stand_in_for_ours(tmp_path):
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
     sample = lines(tmp_path / "completions.jsonl")[0]
     assert sample["step"] == 1 and sample["note"] == "x" and isinstance(sample["length"], int)
+
+
+def test_one_reward_cannot_change_what_the_next_one_sees():
+    def meddles(prompts, completions, completion_ids, answer, **columns):
+        completions[0][0]["content"] = completions[1] = answer[0] = completion_ids[0][0] = None
+        prompts.clear()
+        return [0.0] * len(completion_ids)
+
+    seen = {}
+    t = trainer(reward=[meddles, lambda **columns: seen.update(columns) or [0.0] * 16])
+    update(t)
+    assert None not in seen["answer"] + seen["completions"] + seen["completion_ids"][0]
+    assert (
+        all(c[0]["content"] is not None for c in seen["completions"]) and len(seen["prompts"]) == 16
+    )
+    assert all(
+        isinstance(sample["completion"], str) and sample["length"] > 0 for sample in t.samples
+    )
+
+
+def tokenizer_with(template=None, adds="", **special):
+    """The demo's tokenizer with another template, or one that adds <bos> or <end> by itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    other = copy.deepcopy(TOKENIZER)
+    other.add_special_tokens({"bos_token": "<bos>"} if "<bos>" in adds else {})
+    other.chat_template = template or other.chat_template
+    if adds:
+        named = [
+            (token, other.convert_tokens_to_ids(token))
+            for token in ("<bos>", "<end>")
+            if token in adds
+        ]
+        other._tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=named)
+    return other
+
+
+@pytest.mark.parametrize("opened", ["<think>", "<think></think>", "<answer>", ""])
+def test_a_tag_that_the_template_opened_belongs_to_the_completion(opened):
+    template = TOKENIZER.chat_template.replace("<assistant>", "<assistant>" + opened)
+    t = trainer(
+        reward=["tag_count", lambda completions, **_: heard.extend(completions) or [0] * 16]
+    )
+    t.tokenizer, heard = tokenizer_with(template), []
+    update(t)
+    texts = [rewards.completion_text(c) for c in heard]
+    assert len(texts) == 16 and all(text.startswith(opened) for text in texts)
+    assert [sample["completion"] for sample in t.samples] == texts
+
+
+def test_a_thought_that_the_template_opened_is_scored_as_one():
+    given = "<think>\n"
+    texts = [given + "so 5</think> <answer>5</answer>", given + r"maybe \boxed{5}"]
+    columns = {"prompts": ["p"] * 2, "completions": texts, "answer": ["5"] * 2}
+    assert rewards.OPENED.findall("<user>5<end>\n<assistant>\n" + given)[0] == given
+    assert [rewards.REWARDS[name](**columns) for name in ("format", "tag_count", "accuracy")] == [
+        [1, 0], [1, 0.25], [1, 0],
+    ]  # fmt: skip
+
+
+def test_tags_that_are_special_tokens_reach_the_rewards_and_eos_does_not():
+    t = trainer()
+    t.tokenizer = other = copy.deepcopy(TOKENIZER)
+    other.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    think, end = other.convert_tokens_to_ids("<think>"), EOS
+    ids, mask = torch.tensor([[think, 5, 6, end]]), torch.ones(1, 4, dtype=torch.bool)
+    seen = []
+    t.reward_funcs = [lambda completions, **_: seen.extend(completions) or [0.0]]
+    t.score([{"prompt": "1"}], Rollout(torch.full((1, 4), 10), mask, ids, mask, torch.zeros(1, 4)))
+    assert seen == ["<think>" + other.decode([5, 6])]
+
+
+def test_a_text_prompt_gets_one_bos_and_no_eos():
+    both = tokenizer_with(adds="<bos> $A <end>")
+    bos, end = both.convert_tokens_to_ids("<bos>"), both.eos_token_id
+    assert both("1+2").input_ids[0] == bos and both("1+2").input_ids[-1] == end  # it adds them
+    plain = TOKENIZER("1+2").input_ids
+    assert encode_prompt("1+2", both) == [bos, *plain]
+    assert encode_prompt("<bos>1+2", both) == [bos, *plain]
+    assert encode_prompt("1+2<end>", both) == [bos, *plain, end]  # a written one stays
+    chat = [{"role": "user", "content": "1"}]
+    assert bos not in encode_prompt(chat, both) and encode_prompt(chat, both)[-1] != end
+
+
+def test_template_arguments_come_from_the_settings_and_from_the_row():
+    template = TOKENIZER.chat_template + "{{ '<think>' if enable_thinking | default(false) }}"
+    rows = [ROWS[0], ROWS[1] | {"chat_template_kwargs": {"enable_thinking": False}}]
+    given = {"processing_class": tokenizer_with(template)}
+    for kwargs, ends in [(None, [False, False]), ({"enable_thinking": True}, [True, False])]:
+        model = with_adapters(tiny_model(), random=False)
+        t = GRPOTrainer(
+            model,
+            digits,
+            GRPOConfig(chat_template_kwargs=kwargs, max_completion_length=8),
+            rows,
+            **given,
+        )
+        assert [TOKENIZER.decode(t.encode(row)).endswith("<think>") for row in rows] == ends
+
+
+def test_a_padding_token_beyond_the_embeddings_does_no_harm():
+    t = trainer()
+    t.tokenizer = None
+    other = copy.deepcopy(TOKENIZER)
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    assert other.pad_token_id >= VOCAB
+    model = with_adapters(tiny_model(), random=False)
+    config = GRPOConfig(max_steps=1, prompts_per_step=4, num_generations=4, max_completion_length=8)
+    rows = [{"prompt": "1+2"}, {"prompt": "1+2+3+4"}] * 4  # of two lengths: one is padded
+    t = GRPOTrainer(model, digits, config, rows, processing_class=other)
+    assert math.isfinite(t.train()["loss"]) and t.pad_token_id < VOCAB
+
+
+def test_a_prompt_that_ends_with_the_assistants_words_is_pointed_out():
+    rows = [{"prompt": [*ROWS[0]["prompt"], {"role": "assistant", "content": "#### 4"}]}]
+    with pytest.warns(UserWarning, match="ends with an assistant's message: it is continued"):
+        trainer(rows=rows)
+
+
+def test_rows_may_be_a_data_set_of_the_datasets_library():
+    datasets = pytest.importorskip("datasets")
+    t = trainer(rows=datasets.Dataset.from_list(ROWS[:8]), reward=[digits, "accuracy"])
+    assert math.isfinite(update(t)["loss"])
+    split = datasets.DatasetDict(train=t.train_dataset)
+    for rows, kind in [
+        (split, "DatasetDict"),
+        (t.train_dataset.to_iterable_dataset(), "IterableDataset"),
+        (t.train_dataset.to_pandas(), "DataFrame"),
+    ]:
+        with pytest.raises(ValueError, match=f"the data set is a {kind}: must be rows"):
+            trainer(rows=rows)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo"])
+def test_half_precision_keeps_a_gradient_that_is_divided_by_a_million_tokens(
+    monkeypatch, loss_type
+):
+    """As if other processes held the rest of a batch of 2^20 tokens, in 2^10 rows or 2^20."""
+
+    def gradient(dtype, processes):
+        t = trainer(with_adapters(tiny_model(dtype=dtype)), loss_type=loss_type, max_grad_norm=1e9)
+        rollout = t.sample(t.batch(0), 4)
+        t.sample = lambda *args: rollout
+        t.seed("update", 0)
+        whole = lambda value: [value] * (processes if isinstance(value, tuple) else 1)
+        monkeypatch.setattr(grpo_lora, "gather", whole)
+        t.update(t.batch(0))
+        return torch.cat([p.grad.flatten() for p in t.params.values()])
+
+    big = gradient(torch.float16, 2**14)
+    exact = gradient(torch.float32, 2**14)
+    assert torch.cosine_similarity(big, exact, dim=0) > 0.999
+    assert big.norm().item() == pytest.approx(exact.norm().item(), rel=0.05)
+
+
+def test_a_schedule_that_goes_on_to_a_later_end_has_the_rate_of_a_straight_run():
+    for kind in ("linear", "cosine", "constant_with_warmup"):
+        make = lambda steps, kind=kind: trainer(
+            lr_scheduler_type=kind, warmup_steps=1, max_steps=steps
+        )
+        short, straight, longer = make(2), make(6), make(6)
+        short.train()
+        straight.train(until=2)
+        longer.load_state_dict(copy.deepcopy(short.state_dict()))
+        assert longer.optimizer.param_groups[0]["lr"] > 0
+        assert update(longer, 2)["learning_rate"] == update(straight, 2)["learning_rate"]
+        assert longer.scheduler.get_last_lr() == straight.scheduler.get_last_lr()
+
+
+def test_a_ratio_of_sequences_weighed_by_their_length_is_pointed_out():
+    for loss_type in ("dapo", "bnpo", "dr_grpo", "cispo"):
+        with pytest.warns(UserWarning, match=f"{loss_type}' weighs a row by its length"):
+            GRPOConfig(loss_type=loss_type, importance_sampling_level="sequence", epsilon_high=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GRPOConfig(loss_type="grpo", importance_sampling_level="sequence")
+
+
+def test_tokens_are_drawn_in_float32_where_there_is_no_float64(monkeypatch):
+    assert grpo_lora.widest(torch.device("mps")) == torch.float32
+    assert grpo_lora.widest(torch.device("cpu")) == torch.float64
+    asked = []
+    monkeypatch.setattr(grpo_lora, "widest", lambda device: asked.append(device) or torch.float32)
+    model, (ids, mask) = tiny_model(), prompts()
+    rollout = sample(model, ids, mask)
+    assert asked and rollout.completion_mask.any()
+    assert torch.allclose(rollout.logps, one_by_one(model, rollout).float(), atol=1e-4)
 
 
 def test_prompts_take_the_chat_template_the_system_prompt_or_neither():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import rewards
 from checks.parity import adapter_of, both, parity_model, randomise
 from grpo_lora import (
     GRPOConfig,
@@ -388,3 +389,18 @@ def test_trainer_treats_a_peft_model_as_our_own(words, monkeypatch):
     named = adapter_of(theirs)
     for name, p in ours.named_parameters():
         assert torch.equal(p, named[name]), name
+
+
+def test_math_verify_is_trls_accuracy_reward():
+    pytest.importorskip("math_verify")
+    from trl.rewards import accuracy_reward as theirs
+
+    golds = [r"\frac{1}{3}", "72", r"so it is \boxed{(1,2)}", "no number", r"x^2+2x+1", "0.5"]
+    answers = [r"\boxed{1/3}", r"\boxed{72}", "72", r"\boxed{(1, 2)}", r"\boxed{(x+1)^2}", ""]
+    answers += [r"\boxed{\frac{1}{2}}", r"\boxed{50\%}", r"$\frac{2}{6}$"]
+    pairs = [(answer, gold) for answer in answers for gold in golds]
+    chats = [[{"role": "assistant", "content": answer}] for answer, _ in pairs]
+    expected = theirs(chats, solution=[gold for _, gold in pairs])
+    ours = {"prompts": None, "completions": chats, "answer": [gold for _, gold in pairs]}
+    assert rewards.math_verify_reward(**ours) == expected and {0.0, 1.0, None} <= {*expected}
+    assert rewards.math_verify_reward(None, [answers[0]], [None]) == [None]

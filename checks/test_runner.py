@@ -600,6 +600,14 @@ def test_bad_settings_get_one_line_and_exit_code_2(
         (b'{"prompt": [{"role": "user"}]}', ":1: 'prompt'"), (b"\xff\xfe{}", ":1: "),
         (b'{"prompt": 7}', ":1: 'prompt'"), (b"[" * 100_000, ":1: "),
         (b'{"prompt": "' + b"1+" * 99 + b'", "answer": "1"}', ":1: the prompt has"),
+        (b'{"question": "1", "answer": "2"}', "the row has question, answer"),
+        (b'{"prompt": "1", "answer": "2", "images": []}', ":1: column 'images'"),
+        (b'[{"prompt": "1"}]', ":1: looks like a JSON array, not JSONL: pandas.read_json"),
+        (b'\xef\xbb\xbf[\n{"prompt": "1"}]', ":1: looks like a JSON array"),
+        (b"prompt,answer\n1,2\n", ":1: looks like CSV, not JSONL: pandas.read_csv"),
+        (b"prompt\tanswer\n1\t2\n", ":1: looks like CSV"),
+        (b"PAR1\x15\x04", ":1: looks like parquet, not JSONL: pandas.read_parquet"),
+        (b"\x1f\x8b\x08\x00\x00", ":1: looks like gzip, not JSONL: gunzip it"),
     ],
 )  # fmt: skip
 def test_bad_data_is_refused_with_file_and_line(content, words, model_dir, tmp_path, capsys):
@@ -632,6 +640,110 @@ def test_a_tokenizer_without_eos_is_refused(data, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "model")
     assert main(["--model", str(tmp_path / "model"), "--data", str(data), *SMALL]) == 2
     assert "EOS" in capsys.readouterr().err
+
+
+GSM8K = [  # as it is published
+    {"question": "Weng earns $12 an hour. She worked 50 minutes. How much did she earn?",
+     "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nShe earned 0.2 x 50 = 10.\n#### 10"},
+    {"question": "What is 2+2?", "answer": "2+2 = <<2+2=4>>4\n#### 4"},
+]  # fmt: skip
+
+
+def test_another_column_may_be_the_prompt_as_in_gsm8k(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in GSM8K))
+    rows = cli.read_jsonl(path, "question")
+    assert rows[1] == {"prompt": "What is 2+2?", "answer": GSM8K[1]["answer"]}
+    score = lambda text: rewards.accuracy_reward([""], [text], [rows[0]["answer"]])
+    assert score("#### 10") == [1.0] and score(r"\boxed{\$10}") == [1.0] and score("10") == [0.0]
+    for row in rows:
+        rewards.check_gold(rewards.accuracy_reward, row)
+
+
+def test_every_setting_of_trl_and_peft_is_ours_or_answered():
+    trl, peft, transformers = map(pytest.importorskip, ("trl", "peft", "transformers"))
+    theirs = [trl.GRPOConfig, trl.ModelConfig, trl.ScriptArguments, peft.LoraConfig]
+    names = {
+        f.name
+        for kind in [*theirs, transformers.TrainingArguments]
+        for f in dataclasses.fields(kind)
+    }
+    ours = {action.dest for action in cli.make_parser()._actions}
+    assert not (unknown := names - ours - cli.LEFT_OUT.keys()), unknown
+    assert not ours & cli.LEFT_OUT.keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lora_r 8", "--lora_r: it is called --r here"),
+        ("--bf16", "--bf16: use --dtype bfloat16"),
+        ("--model_name_or_path x", "--model_name_or_path: it is called --model here"),
+        ("--report_to wandb", "--report_to: every run writes metrics.jsonl"),
+        ("--load_in_4bit", "--load_in_4bit: there are no quantised bases"),
+        ("--max_prompt_length 5", "--max_prompt_length: prompts are never cut"),
+        ("--learning_rat 1", "'learning_rat' is unknown, did you mean 'learning_rate'?"),
+        ("--zzzz 1", "'zzzz' is unknown (all: "),
+    ],
+)
+def test_a_setting_of_another_trainer_is_answered_with_what_to_do_here(flags, words, capsys):
+    assert main(flags.split()) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and ("did you mean" in said) == ("rat " in flags)
+
+
+def test_template_arguments_are_read_as_json_and_come_back_from_the_file(tmp_path):
+    model = ["--model", "m", "--data", "d"]
+    run, lora, args = cli.parse([*model, "--chat_template_kwargs", '{"enable_thinking": false}'])
+    assert args.chat_template_kwargs == {"enable_thinking": False}
+    path = cli.write_settings(tmp_path / "settings.args", run, lora, args)
+    assert cli.parse([f"@{path}"]) == (run, lora, args)
+
+
+def test_a_checkpoint_needs_no_folder_that_can_be_opened(tmp_path, monkeypatch):
+    """Windows opens no folders, and cannot flush a file that is open for reading alone."""
+    openers = os.open
+
+    def windows(path, flags, *args, **kwargs):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        assert (
+            flags & os.O_RDWR
+            or flags & os.O_WRONLY
+            or flags & os.O_CREAT
+            or "fsync" not in (sys._getframe(1).f_code.co_name)
+        )
+        return openers(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", windows)
+    run_trainer(output_dir=str(tmp_path), save_steps=1).train()
+    assert len(checkpoints.checkpoints(tmp_path)) == 2
+
+
+def test_a_terminal_without_a_letter_does_not_end_the_run(model_dir, data, tmp_path):
+    """The table shows completions; an ASCII terminal lacks most letters."""
+    command = [
+        sys.executable,
+        "grpo_lora.py",
+        "--model",
+        str(model_dir),
+        "--data",
+        str(data),
+        *SMALL,
+    ]
+    odd = tmp_path / "é∑"
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = subprocess.run(
+        [*command, "--output_dir", str(odd)], env=env, capture_output=True, cwd=HERE, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (odd / "summary.json").exists() and b"\\" in done.stdout
+
+
+def test_math_verify_where_it_is_not_installed_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+    assert main(["--rewards", "math_verify"]) == 2
+    assert "pip install math-verify" in capsys.readouterr().err
 
 
 def test_help_explains_every_setting(capsys):

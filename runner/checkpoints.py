@@ -236,7 +236,13 @@ def sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Onto the disk. Windows opens no folders, and writes back only what is open for writing."""
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

@@ -34,7 +34,7 @@ from grpo_lora import (
     rank_and_world,
 )
 from lora import LoRAConfig, apply_lora, load_lora, setting
-from rewards import REWARDS, RewardError, accuracy_reward
+from rewards import REWARDS, RewardError, accuracy_reward, reward_function
 from runner import demo, fast
 from runner.checkpoints import Checkpoints, ResumeError, check_output_dir
 from runner.processes import (
@@ -61,6 +61,7 @@ class RunConfig:
     model: str | None = setting(None, "Model folder or hub id. None: the built-in demo.")
     data: str | None = setting(
         None, "JSONL: a `prompt` (text, or chat messages) and any columns the rewards use.")
+    prompt_column: str = setting("prompt", "The column of the data that holds the prompt.")
     eval_data: str | None = setting(None, "JSONL of held-out problems.")
     eval_size: int = setting(0, "Without eval_data: hold out so many of the last rows of data.")
     rewards: str = setting(
@@ -98,7 +99,9 @@ CONCERNS = {  # how --help groups the settings; what is not named here is the la
         "prompts_per_step", "num_generations", "max_completion_length", "learning_rate", "variant",
         "tune",
     ],
-    "data and model": ["eval_data", "system_prompt", "dtype", "device"],
+    "data and model": [
+        "prompt_column", "eval_data", "system_prompt", "chat_template_kwargs", "dtype", "device",
+    ],
     "adapter": ["adapter", *(f.name for f in dataclasses.fields(LoRAConfig))],
     "objective": [
         "loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta",
@@ -113,20 +116,89 @@ CONCERNS = {  # how --help groups the settings; what is not named here is the la
     ],
     "run": [],
 }  # fmt: skip
-LEFT_OUT = {  # settings of TRL's that we lack, and what to do
-    "use_vllm": "sampling is built in; serve the saved adapter with vLLM",
-    "entropy_coef": "there is no entropy bonus; top_entropy_quantile and epsilon_high keep it up",
-    "off_policy_mask_threshold": "there is no off-policy mask; lower num_iterations",
-    "router_aux_loss_coef": "there is no router loss; routers stay frozen",
-    "top_p": "sampling is untruncated, so that what is sampled is what is trained",
-    "top_k": "sampling is untruncated, so that what is sampled is what is trained",
-    "min_p": "sampling is untruncated, so that what is sampled is what is trained",
-    "repetition_penalty": "use the reward repetition_penalty, which changes the policy itself",
-    "gradient_accumulation_steps": "the batch is prompts_per_step; "
-    "per_device_train_batch_size splits it exactly",
-    "steps_per_generation": "each batch of completions is used num_iterations times",
-    "trust_remote_code": "code from model repositories is never run",
+OTHERS = {  # settings of TRL's, transformers' and PEFT's that are not ours, by what to do here
+    "it is called --model here": "model_name_or_path base_model_name_or_path",
+    "it is called --r here": "lora_r",
+    "it is called --modules_to_save here": "lora_modules_to_save",
+    "it is called --target_modules here": "lora_target_modules",
+    "it is called --rewards here": "reward_funcs",
+    "it is called --resume here, and takes no value": "resume_from_checkpoint",
+    "data are JSONL files: --data, --eval_data, --eval_size": "dataset_name dataset_config "
+    "dataset_train_split dataset_test_split dataset_streaming",
+    "use --dtype bfloat16 or --dtype float16 (adapters stay float32)": "bf16 fp16 tf32 "
+    "bf16_full_eval fp16_full_eval bnb_4bit_quant_storage bnb_4bit_quant_type "
+    "use_bnb_nested_quant cast_lm_head_to_fp32",
+    "there are no quantised bases; --dtype bfloat16 halves the base": "load_in_4bit load_in_8bit",
+    "adapters are always trained; their settings are --r, --lora_alpha, ...": "use_peft",
+    "every run writes metrics.jsonl and report.html into --output_dir": "report_to logging_steps "
+    "logging_strategy logging_first_step run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id logging_nan_inf_filter log_level log_level_replica log_on_each_node "
+    "include_num_input_tokens_seen disable_tqdm debug skip_memory_metrics",
+    "completions.jsonl has them; --num_completions_to_log says how many": "log_completions "
+    "num_completions_to_print log_unique_prompts log_multimodal log_completions_hub_repo",
+    "the length of a run is --max_steps; an epoch is rows / prompts_per_step": "num_train_epochs",
+    "checkpoints are set by --save_steps, evaluations by --eval_steps": "save_strategy "
+    "eval_strategy eval_on_start eval_delay do_eval do_train do_predict save_only_model "
+    "load_best_model_at_end metric_for_best_model greater_is_better",
+    "the optimiser is AdamW with torch's own betas and eps": "optim optim_args adam_beta1 "
+    "adam_beta2 adam_epsilon optim_target_modules lr_scheduler_kwargs neftune_noise_alpha "
+    "label_smoothing_factor",
+    "the batch is --prompts_per_step times --num_generations, and --per_device_train_batch_size "
+    "splits it exactly": "gradient_accumulation_steps generation_batch_size auto_find_batch_size "
+    "per_device_eval_batch_size average_tokens_across_devices",
+    "each batch of completions is used --num_iterations times": "steps_per_generation",
+    "sampling is built in; serve the saved adapter with vLLM": "use_vllm vllm_mode "
+    "vllm_server_host vllm_server_port vllm_server_base_url vllm_server_timeout vllm_group_port "
+    "vllm_gpu_memory_utilization vllm_max_model_length vllm_model_impl vllm_enable_sleep_mode "
+    "vllm_structured_outputs_regex vllm_tensor_parallel_size use_transformers_paged "
+    "use_transformers_continuous_batching transformers_continuous_batching_config "
+    "cache_implementation use_cache ds3_gather_for_generation",
+    "sampler and scorer are one model, so that there is nothing to correct":
+    "vllm_importance_sampling_correction vllm_importance_sampling_mode "
+    "vllm_importance_sampling_cap vllm_importance_sampling_clip_max "
+    "vllm_importance_sampling_clip_min",
+    "sampling is untruncated, so that what is sampled is what is trained": "top_p top_k min_p "
+    "generation_kwargs",
+    "use the reward repetition_penalty, which changes the policy itself": "repetition_penalty",
+    "there is no entropy bonus; --top_entropy_quantile and --epsilon_high keep entropy up":
+    "entropy_coef entropy_coef_delta entropy_coef_min entropy_coef_max entropy_target "
+    "use_adaptive_entropy",
+    "there is no off-policy mask; lower --num_iterations": "off_policy_mask_threshold",
+    "there is no router loss; routers stay frozen": "router_aux_loss_coef",
+    "vespo's are fixed: k = 2, 3 and lambda = 3, 2": "vespo_k_pos vespo_k_neg vespo_lambda_pos "
+    "vespo_lambda_neg",
+    "the reference is the policy that training starts from, and stays so": "sync_ref_model "
+    "ref_model_mixup_alpha ref_model_sync_steps",
+    "prompts are never cut: a row that does not fit is refused by its line": "max_prompt_length",
+    "the order of rows is a function of --seed, new in each epoch": "shuffle_dataset data_seed "
+    "full_determinism train_sampling_strategy ignore_data_skip",
+    "a base model's own dropout never acts; the adapter's is --lora_dropout": "disable_dropout",
+    "use --device cpu": "use_cpu",
+    "activations are dropped by --gradient_checkpointing true": "activation_checkpointing "
+    "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
+    "code from model repositories is never run": "trust_remote_code",
+    "only the layers of target_modules are adapted": "target_parameters lora_target_parameters "
+    "layers_to_transform layers_pattern exclude_modules layer_replication trainable_token_indices "
+    "lora_bias",
+    "it has no counterpart here": "max_tool_calling_iterations model_init_kwargs model_revision "
+    "pad_to_multiple_of num_generations_eval attn_implementation lora_task_type task_type "
+    "peft_type inference_mode fan_in_fan_out loftq_config eva_config corda_config megatron_config "
+    "megatron_core alora_invocation_tokens arrow_config qalora_group_size use_qalora use_bdlora "
+    "ensure_weight_tying kasa_config lora_ga_config monteclora_config velora_config "
+    "runtime_config auto_mapping revision peft_version deepspeed fsdp_config accelerator_config "
+    "parallelism_config ddp_backend ddp_bucket_cap_mb ddp_find_unused_parameters "
+    "ddp_broadcast_buffers ddp_static_graph local_rank dataloader_num_workers "
+    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+    "dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context "
+    "remove_unused_columns label_names length_column_name torch_compile torch_compile_backend "
+    "torch_compile_mode torch_empty_cache_steps use_liger_kernel use_liger_loss "
+    "liger_kernel_config push_to_hub hub_model_id hub_token hub_private_repo hub_revision "
+    "hub_strategy hub_always_push batch_eval_metrics eval_accumulation_steps "
+    "eval_do_concat_batches eval_use_gather_object include_for_metrics prediction_loss_only "
+    "save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint "
+    "ignore_bias_buffers reward_model_name_or_path",
 }
+LEFT_OUT = {name: advice for advice, names in OTHERS.items() for name in names.split()}
 
 
 class Parser(HfArgumentParser):
@@ -187,7 +259,7 @@ def make_parser() -> Parser:
         description="GRPO with LoRA. Without --model: a demo.",
     )
     for action in parser._actions:
-        if action.dest in ("rank_pattern", "alpha_pattern"):
+        if action.dest in ("rank_pattern", "alpha_pattern", "chat_template_kwargs"):
             action.type = json.loads
         elif action.dest == "tune":
             action.nargs, action.const = "?", "learning_rate"
@@ -213,7 +285,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LoRAConfig, GRPOConfig]:
     for flag in (word[2:].partition("=")[0] for word in unknown if word.startswith("--")):
         flag = flag.replace("-", "_")
         if flag in LEFT_OUT:
-            raise ValueError(f"--{flag} is left out here: {LEFT_OUT[flag]}")
+            raise ValueError(f"--{flag}: {LEFT_OUT[flag]}")
         check_choice(flag, sorted(action.dest for action in parser._actions), "command line")
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not expected here (--help shows all settings)")
@@ -270,7 +342,14 @@ class Row(dict[str, Any]):
     origin: str
 
 
-def read_jsonl(path: str | Path) -> list[Row]:
+LOOKS_LIKE = [  # how a file that is not JSONL begins, what it is, and how to make JSONL of it
+    (b"\x1f\x8b", "gzip", "gunzip it"),
+    (b"PAR1", "parquet", "pandas.read_parquet(FILE).to_json(NEW, orient='records', lines=True)"),
+    (b"[", "a JSON array", "pandas.read_json(FILE).to_json(NEW, orient='records', lines=True)"),
+]
+
+
+def read_jsonl(path: str | Path, prompt_column: str = "prompt") -> list[Row]:
     """The rows of a JSONL file. Raises ValueError with file, line and reason."""
     rows: list[Row] = []
     number = 0
@@ -278,10 +357,14 @@ def read_jsonl(path: str | Path) -> list[Row]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
+                    if number == 1:
+                        check_is_jsonl(line.removeprefix(b"\xef\xbb\xbf").strip())
                     value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if not isinstance(value, dict):
                         kind = type(value).__name__
                         raise ValueError(f"is a {kind}, must be an object with a 'prompt'")
+                    if prompt_column in value:
+                        value["prompt"] = value.pop(prompt_column)
                     rows.append(Row(value))
                     rows[-1].origin = f"{path}:{number}"
     except OSError as error:
@@ -293,14 +376,24 @@ def read_jsonl(path: str | Path) -> list[Row]:
     return rows
 
 
+def check_is_jsonl(line: bytes) -> None:
+    """Raises ValueError for the first line of a file of another kind, saying what to do with it."""
+    for start, kind, how in LOOKS_LIKE:
+        if line.startswith(start):
+            raise ValueError(f"looks like {kind}, not JSONL: {how}")
+    if not line.startswith((b"{", b'"')) and re.search(rb"[,;\t]", line) and not line[:1].isdigit():
+        how = "pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True)"
+        raise ValueError(f"looks like CSV, not JSONL: {how}")
+
+
 def read_datasets(run: RunConfig) -> tuple[list[Any], list[Any] | None]:
     """The rows to train on, and those held out."""
     if run.model is None:
         problems = demo.sum_problems()
         return problems[: -demo.HELD_OUT], problems[-demo.HELD_OUT :]
-    train = read_jsonl(str(run.data))
+    train = read_jsonl(str(run.data), run.prompt_column)
     if run.eval_data:
-        return train, read_jsonl(run.eval_data)
+        return train, read_jsonl(run.eval_data, run.prompt_column)
     if not run.eval_size:
         return train, None
     if not 0 < run.eval_size < len(train):
@@ -319,7 +412,7 @@ def load_reward(spec: str) -> Callable[..., Any]:
     if not colon:
         name = function if function in REWARDS else function.removesuffix("_reward")
         check_choice(name, REWARDS, "rewards")
-        return REWARDS[name]
+        return reward_function(name)
     try:
         if source.endswith(".py"):
             found = importlib.util.spec_from_file_location(Path(source).stem, source)
@@ -450,6 +543,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack a letter, and the run must not end
+            stream.reconfigure(errors="backslashreplace")
     try:
         run, lora, args = parse(sys.argv[1:] if argv is None else argv)
         with memory_advice(), peers_answer():

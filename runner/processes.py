@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from grpo_lora import CausalLM, Rollout, evaluating, rank_and_world
+from grpo_lora import CausalLM, Rollout, evaluating, rank_and_world, widest
 
 
 class PeerError(RuntimeError):
@@ -81,7 +81,7 @@ def choose_device(name: str, fsdp: bool) -> torch.device:
             raise ValueError(f"--device {name}: fsdp spreads the model over {kind} devices here")
         if device.type == "cuda" and rank_and_world()[1] > 1:
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device, dtype=torch.float64).item()  # tokens are drawn in float64
+        torch.zeros(1, device=device, dtype=widest(device)).item()  # tokens are drawn in it
         return device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
