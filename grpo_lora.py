@@ -429,8 +429,7 @@ class GRPOTrainer:
     stop: bool  # set from outside: the update in hand is finished, then train returns
     samples: Rows  # of the last batch
     eval_samples: Rows  # of an evaluation after it
-    generator: Any  # of the rollouts; see seed
-    reward_metrics: "WeightedMeans"  # what reward functions log
+    reward_metrics: list[Any]  # what reward functions log
     last_batch: tuple["Rollout", list["MicroBatch"]]
 
     # ---- the algorithm
@@ -438,7 +437,7 @@ class GRPOTrainer:
     def update(self, rows: Rows) -> dict[str, Any]:
         """GRPO, in full: one batch of prompts, and the optimiser updates made with it. (`params`
         require gradients, `scale` and `objective` are settings, a MicroBatch is whole groups.)"""
-        args, means = self.args, WeightedMeans()
+        args, parts = self.args, []
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
         rewards, samples = self.score(rows, rollout)  # (P, G, K), of all processes
         advantages = multi_objective_advantages(rewards, self.reward_weights, **self.scale)
@@ -472,20 +471,21 @@ class GRPOTrainer:
                 )  # fmt: skip
                 (loss * scale).backward()
                 total += loss.item()
-                means.add_batch(batch.rollout, old_logps, entropies, stats)
+                stats |= diagnostics(batch.rollout, old_logps, entropies)
+                parts.append((int(batch.rollout.completion_mask.sum()), stats))
             if not rollout.logps.isfinite().all():
                 total = math.nan  # a broken policy shows here, also where no group needs a forward
             total, grad_norm = self.reduce_and_clip(total, scale)
             finite = math.isfinite(total) and math.isfinite(grad_norm)
             if finite:
                 self.optimizer.step()
-            means.add(1, loss=total, grad_norm=grad_norm, skipped_updates=not finite)
-            means.add(1, learning_rate=self.scheduler.get_last_lr()[0])
+            means = {"loss": total, "grad_norm": grad_norm, "skipped_updates": float(not finite)}
+            parts.append((1, means | {"learning_rate": self.scheduler.get_last_lr()[0]}))
             self.scheduler.step()  # also after a skipped update: a schedule counts updates
         self.last_batch = rollout, micro_batches
         self.tokens += sum(sample["prompt_length"] + sample["length"] for sample in samples)
         metrics = self.summarize(samples, rewards, advantages)
-        return metrics | means.result() | {"num_tokens": self.tokens}
+        return metrics | weighted_means(parts) | {"num_tokens": self.tokens}
 
     def sample(self, rows: Rows, num_generations: int) -> "Rollout":
         """Completions from the policy as it is now, on merged weights where merging is exact. What
@@ -515,12 +515,12 @@ class GRPOTrainer:
         texts = self.tokenizer.batch_decode([[i for i in row if i not in ends] for row in ids])
         # a tag that the template opened at the end of the prompt belongs to what follows it
         tails = zip(rollout.prompt_ids[:, -16:], rollout.prompt_mask[:, -16:], strict=True)
-        opened = [OPENED.findall(self.tokenizer.decode(tail[seen]))[0] for tail, seen in tails]
+        opened = [OPENED.findall(str(self.tokenizer.decode(tail[seen])))[0] for tail, seen in tails]
         texts = [opened[i // G] + text for i, text in enumerate(texts)]
         names = ("max_steps", "max_completion_length")
         state = {"global_step": self.step} | {name: getattr(self.args, name) for name in names}
         given: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
-        given["log_metric"] = lambda name, value: self.reward_metrics.add(1, **{name: value})
+        given["log_metric"] = lambda name, x: self.reward_metrics.append((1, {name: float(x)}))
         scores, extra = call_rewards(self.reward_funcs, rows, texts, ids, **given)
         ended, prompt_lengths = self.ended(rollout).tolist(), rollout.prompt_mask.sum(1).tolist()
         samples = []
@@ -688,8 +688,8 @@ class GRPOTrainer:
         for name, values in zip(self.reward_names, rewards.unbind(-1), strict=True):
             metrics[f"rewards/{name}/mean"] = values.nanmean().item()
             metrics[f"rewards/{name}/std"] = _nanstd(values.flatten(), dim=0).item()
-        metrics = self.reward_metrics.result() | metrics | {"reward": total.nanmean().item()}
-        self.reward_metrics = WeightedMeans()
+        metrics = weighted_means(self.reward_metrics) | metrics | {"reward": total.nanmean().item()}
+        self.reward_metrics.clear()
         if advantages is not None:
             metrics["reward_std"] = _nanstd(total.flatten(), dim=0).item()
             metrics["frac_reward_zero_std"] = (~advantages.any(dim=1)).double().mean().item()
@@ -786,8 +786,8 @@ class GRPOTrainer:
             self.callbacks.append(Record())
 
         self.step, self.end, self.tokens, self.stop = 0, args.max_steps, 0, False
-        self.samples, self.eval_samples, self.generator = [], [], None
-        self.reward_metrics = WeightedMeans()
+        self.samples, self.eval_samples, self.reward_metrics = [], [], []
+        self.generator = torch.Generator()  # of the rollouts; see seed
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs besides its model, settings and data."""
@@ -827,28 +827,21 @@ class MicroBatch:
     policy_mask: Tensor | None = None
 
 
-class WeightedMeans:
-    """Means of named numbers over parts of different weight, such as micro-batches by tokens."""
+def diagnostics(rollout: "Rollout", old_logps: Tensor, entropies: Tensor) -> dict[str, float]:
+    """Of a micro-batch: the policy's entropy, and how far its log-probs are from the sampler's."""
+    mask = rollout.completion_mask
+    gap = (old_logps - rollout.logps).abs()[mask].mean().item()
+    return {"entropy": entropies[mask].mean().item(), GAP: gap}
 
-    def __init__(self) -> None:
-        self.parts: dict[str, list[tuple[float, float]]] = {}  # name -> values and their weights
 
-    def add(self, weight: float, **values: float) -> None:
+def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Means of named numbers over parts, such as micro-batches by tokens, of all processes."""
+    sums: dict[str, tuple[float, int]] = {}
+    for weight, values in chain(*gather(parts)):
         for name, value in values.items() if weight else ():
-            self.parts.setdefault(name, []).append((float(value), weight))
-
-    def add_batch(self, rollout: Any, old_logps: Tensor, entropies: Tensor, stats: Any) -> None:
-        """A micro-batch's diagnostics, weighted by its tokens."""
-        mask = rollout.completion_mask
-        gap = (old_logps - rollout.logps).abs()[mask].mean().item()
-        self.add(int(mask.sum()), **stats, entropy=entropies[mask].mean().item(), **{GAP: gap})
-
-    def result(self) -> dict[str, float]:
-        """The means, over all processes."""
-        merged: dict[str, list[tuple[float, float]]] = {}
-        for name, parts in chain(*(parts.items() for parts in gather(self.parts))):
-            merged.setdefault(name, []).extend(parts)
-        return {n: sum(x * w for x, w in p) / sum(w for _, w in p) for n, p in merged.items()}
+            total, weights = sums.get(name, (0.0, 0))
+            sums[name] = total + weight * value, weights + weight
+    return {name: total / weights for name, (total, weights) in sums.items()}
 
 
 @contextmanager

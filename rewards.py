@@ -53,17 +53,10 @@ def extract_answer(text: str) -> str | None:
     '\\frac{1}{2}'
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
-    before, closing, _ = text.rpartition("</answer>")
-    _, opening, tagged = before.rpartition("<answer>")
-    hashed = text.rpartition("####")[2] if "####" in text else ""
-    for found in (
-        _last_boxed(text),
-        tagged if opening and closing else "",
-        hashed.lstrip(" \t").partition("\n")[0],
-    ):
-        if unwrap(found):
-            return unwrap(found)
-    return None
+    tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)[-1:]
+    hashed = [after.partition("\n")[0] for after in text.split("####")[1:][-1:]]
+    found = map(unwrap, [_last_boxed(text), *tagged, *hashed])
+    return next(filter(None, found), None)
 
 
 def unwrap(text: str) -> str:
@@ -168,9 +161,8 @@ def _value(match: re.Match[str]) -> str:
     value = Fraction(top) * Fraction(10) ** int(power or 0) / bottom
     if whole and not ((below or d) and top[0] != "0" and 0 < value < 1):
         return match[0]  # 1 1/2 is a number, 1 000/3 is none
-    return str(
-        (int(whole or 0) + value) * Fraction(-1 if sign == "-" else 1, 100 if percent else 1)
-    )
+    value = (int(whole or 0) + value) / (100 if percent else 1)
+    return str(-value if sign == "-" else value)
 
 
 def answers_match(answer: Any, gold: Any) -> bool:
@@ -217,11 +209,10 @@ def check_gold(function: Callable[..., Any], row: Any) -> None:
     """Raises ValueError where `function` compares with a gold answer that nothing could match."""
     if inspect.unwrap(function) in (accuracy_reward, length_reward, cosine_reward):
         gold = gold_answer(row.get("answer", row.get("solution")))
-        words = re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", str(gold))
-        if isinstance(gold, list | tuple | dict) or len(words) > 7:
-            what = "a text that marks no answer (with \\boxed{} or ####)"
-            what = what if isinstance(gold, str) else f"a {type(gold).__name__}"
-            raise ValueError(f"no completion can match the gold answer, {what}: {gold!s:.60}")
+        words = len(re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", str(gold)))
+        if words > 7 or isinstance(gold, list | tuple | dict):
+            what = f"no completion can match the gold answer {gold!s:.60}"
+            raise ValueError(f"{what}: give the answer alone, or mark it with \\boxed{{}} or ####")
 
 
 def math_verify_reward(prompts, completions, answer, **columns) -> Rewards:
@@ -230,16 +221,13 @@ def math_verify_reward(prompts, completions, answer, **columns) -> Rewards:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
-    units = NormalizationConfig(units=True)
-    latex = LatexExtractionConfig(False, normalization_config=units, boxed_match_priority=0)
-    options = {"extraction_config": [latex], "extraction_mode": "first_match"}
     limit = 10 if threading.current_thread() is threading.main_thread() else None  # it sets alarms
-    scores: Rewards = []
-    for completion, gold in zip(completions, answer, strict=True):
-        right = parse(str(gold), parsing_timeout=limit)
-        found = parse(completion_text(completion), parsing_timeout=limit, **options)
-        scores.append(float(verify(right, found, timeout_seconds=limit)) if right else None)
-    return scores
+    latex = LatexExtractionConfig(False, 0, NormalizationConfig(units=True))
+    read = lambda text: parse(text, [latex], extraction_mode="first_match", parsing_timeout=limit)
+    found = [read(completion_text(completion)) for completion in completions]
+    golds = [parse(str(gold), parsing_timeout=limit) for gold in answer]
+    pairs = zip(golds, found, strict=True)
+    return [float(verify(g, f, timeout_seconds=limit)) if g else None for g, f in pairs]
 
 
 OPENED = re.compile(r"(?:<think>\s*(?:</think>\s*)?|<answer>\s*)?\Z")  # at the end of a prompt
@@ -249,11 +237,8 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 def format_reward(prompts, completions, **columns) -> Rewards:
     """1 for <think>...</think> <answer>...</answer>, each tag once, nothing around them; else 0."""
     layout = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
-    texts = map(completion_text, completions)
-    return [
-        float(all(text.count(tag) == 1 for tag in TAGS) and bool(layout.fullmatch(text)))
-        for text in texts
-    ]
+    fits = lambda text: layout.fullmatch(text) and all(text.count(tag) == 1 for tag in TAGS)
+    return [float(bool(fits(completion_text(c)))) for c in completions]
 
 
 def tag_count_reward(prompts, completions, **columns) -> Rewards:
@@ -282,17 +267,15 @@ def length_reward(prompts, completions, answer, completion_ids=None, **columns) 
 
     0 where all are equally long; None where there is no gold answer. (Kimi k1.5, section 2.3.3)
     """
-    correct = accuracy_reward(prompts, completions, answer)
-    lengths = _lengths(completions, completion_ids)
+    graded = accuracy_reward(prompts, completions, answer)
+    rows = zip(prompts, graded, _lengths(completions, completion_ids), strict=True)
     scores: Rewards = []
-    for _, group in itertools.groupby(range(len(lengths)), key=lambda row: prompts[row]):
-        rows = list(group)
-        low, high = min(lengths[row] for row in rows), max(lengths[row] for row in rows)
-        for row in rows:
-            score = 0.5 - (lengths[row] - low) / (high - low) if high > low else 0.0
-            scores.append(
-                None if correct[row] is None else score if correct[row] else min(0.0, score)
-            )
+    for _, group in itertools.groupby(rows, key=lambda row: row[0]):
+        _, correct, lengths = zip(*group, strict=True)
+        low, high = min(lengths), max(lengths)
+        for right, length in zip(correct, lengths, strict=True):
+            score = 0.5 - (length - low) / (high - low) if high > low else 0.0
+            scores.append(None if right is None else score if right else min(0.0, score))
     return scores
 
 
@@ -300,20 +283,17 @@ def cosine_reward(
     prompts, completions, answer, completion_ids=None, trainer_state=None, min_value_wrong=-1.0,
     max_value_wrong=-0.5, min_value_correct=0.5, max_value_correct=1.0, max_len=None, **columns,
 ) -> Rewards:  # fmt: skip
-    """Half a cosine over the length, up to max_len: right answers score from max_value_correct down
-    to min_value_correct, wrong ones from min_value_wrong up to max_value_wrong (Yeo et al. 2025).
-
-    None without a gold answer. max_len None: the run's max_completion_length, or 1000.
-    """
+    """Half a cosine over the length, up to max_len (None: the run's, or 1000): right answers score
+    from max_value_correct down to min_value_correct, wrong ones from min_value_wrong up to
+    max_value_wrong (Yeo et al. 2025). None without a gold answer."""
     longest: Any = max_len or getattr(trainer_state, "max_completion_length", 1000)
     scores: Rewards = []
     lengths = _lengths(completions, completion_ids)
-    for correct, length in zip(accuracy_reward(prompts, completions, answer), lengths, strict=True):
-        right, wrong = (max_value_correct, min_value_correct), (min_value_wrong, max_value_wrong)
-        short, long = right if correct else wrong
-        progress = min(1.0, length / longest)
-        score = long + 0.5 * (short - long) * (1 + math.cos(math.pi * progress))
-        scores.append(None if correct is None else score)
+    for right, length in zip(accuracy_reward(prompts, completions, answer), lengths, strict=True):
+        short = max_value_correct if right else min_value_wrong
+        long = min_value_correct if right else max_value_wrong
+        cosine = math.cos(math.pi * min(1.0, length / longest))
+        scores.append(None if right is None else long + 0.5 * (short - long) * (1 + cosine))
     return scores
 
 
@@ -333,11 +313,8 @@ def soft_overlong_penalty(
     prompts, completions, completion_ids=None, trainer_state=None, max_completion_len=None,
     soft_punish_cache=None, **columns,
 ) -> Rewards:  # fmt: skip
-    """0 up to L - C tokens, then linearly down to -1 at L and beyond (DAPO eq. 13).
-
-    L is max_completion_len (None: the run's max_completion_length, or 16384), C is
-    soft_punish_cache (None: a quarter of L).
-    """
+    """0 up to L - C tokens, then linearly down to -1 at L and beyond (DAPO eq. 13). L is
+    max_completion_len (None: the run's, or 16384), C soft_punish_cache (None: a quarter of L)."""
     limit: Any = max_completion_len or getattr(trainer_state, "max_completion_length", 16384)
     cache = max(1, limit // 4) if soft_punish_cache is None else soft_punish_cache
     scores: Rewards = []
@@ -383,9 +360,7 @@ def call_rewards(
     functions: Sequence[Callable[..., Any]], rows: Any, texts: list[str], ids: Any, **given: Any
 ) -> tuple[list[Rewards], dict[str, list[Any]]]:
     """Every function's scores of the completions, and what they logged of each with log_extra.
-
-    rows: the data's row of each completion. `solution` serves as `answer` where that is missing.
-    """
+    rows: the data's row of each completion. `solution` serves as `answer` where that is missing."""
     extra: dict[str, list[Any]] = {}
     names = dict.fromkeys(itertools.chain(*rows))
     columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
@@ -410,7 +385,7 @@ def call_reward(function: Callable[..., Any], count: int, columns: dict[str, Any
     """The scores of `count` completions. Raises RewardError, naming the function."""
     name = reward_name(function)
     try:
-        scores = [None if s is None else float(s) for s in finish(function(**columns))]
+        scores = [None if s is None or s != s else float(s) for s in finish(function(**columns))]
     except Exception as error:
         raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
     if len(scores) != count:
@@ -418,7 +393,7 @@ def call_reward(function: Callable[..., Any], count: int, columns: dict[str, Any
         raise RewardError(f"reward {name} returned {counts}")
     if any(score is not None and math.isinf(score) for score in scores):
         raise RewardError(f"reward {name} returned an infinite value; use None if not applicable")
-    return [None if score is None or math.isnan(score) else score for score in scores]
+    return scores
 
 
 def finish(scores: Any) -> list[Any]:

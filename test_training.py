@@ -1144,11 +1144,11 @@ def test_a_trainer_that_cannot_work_says_so():
             ),
         ),
         (
-            "row 1: no completion can match the gold answer, a text that marks no answer",
+            "row 1: no completion can match the gold answer Natalia sold.*give the answer alone",
             lambda: trainer(reward="accuracy", rows=[ROWS[0], {"prompt": "1", "answer": PROSE}]),
         ),
         (
-            "row 0: no completion can match the gold answer, a list",
+            "row 0: no completion can match the gold answer .*1.*2.*: give",
             lambda: trainer(reward="accuracy", rows=[{"prompt": "1", "answer": ["1", "2"]}]),
         ),
     ]:
