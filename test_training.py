@@ -60,7 +60,7 @@ from lora import (
     save_lora,
 )
 from rewards import RewardError
-from runner import demo
+from runner import demo, fast
 
 for profile, phases in (
     ("default", tuple(hypothesis.Phase)),
@@ -1091,6 +1091,13 @@ def test_training_with_activation_checkpointing_moves_every_adapter():
     assert all(p.grad.any() for name, p in t.params.items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("engine", [None, fast])
+def test_a_half_precision_base_trains_under_activation_checkpointing(engine):
+    model = with_adapters(tiny_model(dtype=torch.bfloat16), random=False)
+    t = trainer(model, engine=engine, gradient_checkpointing=True)
+    assert update(t)["grad_norm"] > 0
+
+
 def test_reward_rises_on_a_task_that_can_be_learnt():
     first_token = lambda completion_ids, **columns: [float(ids[0] == 20) for ids in completion_ids]
     model = with_adapters(tiny_model(), random=False, target_modules=["down_proj", "lm_head"])
@@ -1441,14 +1448,16 @@ def test_rows_may_be_a_data_set_of_the_datasets_library():
             trainer(rows=rows)
 
 
+@pytest.mark.parametrize("engine", [None, fast])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo"])
 def test_half_precision_keeps_a_gradient_that_is_divided_by_a_million_tokens(
-    monkeypatch, loss_type
+    monkeypatch, loss_type, engine
 ):
     """As if other processes held the rest of a batch of 2^20 tokens, in 2^10 rows or 2^20."""
 
     def gradient(dtype, processes):
-        t = trainer(with_adapters(tiny_model(dtype=dtype)), loss_type=loss_type, max_grad_norm=1e9)
+        model = with_adapters(tiny_model(dtype=dtype))
+        t = trainer(model, engine=engine, loss_type=loss_type, max_grad_norm=1e9)
         rollout = t.sample(t.batch(0), 4)
         t.sample = lambda *args: rollout
         t.seed("update", 0)

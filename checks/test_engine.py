@@ -477,9 +477,3 @@ def test_an_update_is_the_same_with_each_engine(engine):
         torch.testing.assert_close(weights[name], other_weights[name], atol=1e-4, rtol=1e-4)
     for name in metrics.keys() - {GAP}:
         assert metrics[name] == pytest.approx(others[name], rel=1e-3, abs=1e-5, nan_ok=True)
-
-
-def test_a_half_precision_base_trains_under_activation_checkpointing_with_the_engine():
-    model = with_adapters(tiny_model(dtype=torch.bfloat16), random=False)
-    t = trainer(model, engine=fast, gradient_checkpointing=True)
-    assert update(t)["grad_norm"] > 0
