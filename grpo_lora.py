@@ -66,25 +66,30 @@ from rewards import OPENED, call_rewards, check_gold, reward_function, reward_na
 def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
     """How much better each completion is than its group.    A = (R - mean_g) / (std + eps)
 
-    rewards: (P, G), NaN where there is none. Returns (P, G). scale: "group" (GRPO, the std of each
-    group), "batch" (the std of all rewards) or "none" (R - mean_g, Dr. GRPO). Every std has ddof 1.
-    A row without a reward leaves the statistics and gets 0. A group whose rewards are all equal, or
-    that has only one, gets exactly 0. Raises ValueError for other shapes and scales.
-    (Shao et al. 2024, section 4.1.2)
+    rewards: (P, G), NaN where there is none. Returns (P, G). scale says what takes the place of the
+    denominator: "group" (GRPO, the std of each group), "batch" (the std of all rewards), "none" (1,
+    Dr. GRPO), "mean" (mean_g, MaxRL; A is 0 where that is 0), or "leave_one_out" ((G-1)/G, RLOO:
+    each reward minus the mean of the others). Every std has ddof 1. A row without a reward leaves
+    the statistics and gets 0. A group whose rewards are all equal, or that has only one, gets
+    exactly 0. Raises ValueError for other shapes and scales. (Shao et al. 2024, section 4.1.2)
 
     >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
     >>> group_advantages(rewards, scale="none")
     tensor([[ 0.5000, -0.5000, -0.5000,  0.5000],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    if scale not in ("group", "batch", "none"):
-        raise ValueError(f"scale = {scale!r}: must be 'group', 'batch' or 'none'")
+    check_choice(scale, SCALES, "scale")
     if rewards.dim() != 2:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}, must be (P, G)")
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     valid = ~rewards.isnan()
-    centred = rewards - rewards.nanmean(dim=1, keepdim=True)
-    if scale == "group":
+    mean, n = rewards.nanmean(dim=1, keepdim=True), valid.sum(dim=1, keepdim=True)
+    centred = rewards - mean
+    if scale == "mean":
+        centred = torch.where(mean == 0, 0.0, centred / mean)
+    elif scale == "leave_one_out":
+        centred = centred * n / (n - 1)
+    elif scale == "group":
         centred = centred / (_nanstd(rewards, dim=1) + eps)
     elif scale == "batch":
         centred = centred / (_nanstd(rewards.flatten(), dim=0) + eps)
@@ -159,9 +164,11 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, *, estimator: str = "k3") -> Te
     raise ValueError(f"kl_estimator = {estimator!r}: must be 'k1', 'k2' or 'k3'")
 
 
+SCALES = ("group", "batch", "none", "mean", "leave_one_out")
 AGGREGATION = {  # loss_type -> how per-token losses become one number: see grpo_loss
-    "grpo": "sequence", "sapo": "sequence", "dapo": "token", "bnpo": "token", "cispo": "token",
-    "vespo": "token", "dr_grpo": "constant", "luspo": "row_sum",
+    "grpo": "sequence", "sapo": "sequence", "gmpo": "sequence", "dapo": "token", "bnpo": "token",
+    "cispo": "token", "vespo": "token", "dppo": "token", "opmd": "token", "dr_grpo": "constant",
+    "luspo": "row_sum",
 }  # fmt: skip
 
 
@@ -171,8 +178,9 @@ def grpo_loss(
     use_bias_correction_kl: bool = True, loss_type: str = "dapo", epsilon: float = 0.2,
     epsilon_high: float | None = None, delta: float | None = None,
     importance_sampling_level: str = "token", sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05, policy_mask: Tensor | None = None,
-    max_completion_length: int | None = None, normalizer: float | None = None,
+    sapo_temperature_neg: float = 1.05, opmd_tau: float = 1.0,
+    token_weights: Tensor | None = None, max_completion_length: int | None = None,
+    normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """The GRPO family: one loss, three choices. (A fourth, the scale of A, is in group_advantages.)
 
@@ -183,30 +191,35 @@ def grpo_loss(
          token      ρ = exp(logp - old_logp)
          sequence   ρ = exp(the row's mean of (logp - old_logp)), one a row; GSPO
     2. The surrogate is the loss l of one token.
-         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); all but the next three
+         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); all but the next six
          cispo      l = -sg(min(ρ, ε₊)) A logp
          sapo       l = -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
          vespo      l = -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's token
                     ratios, within 1e-8 and e^20. (k, λ) = (2, 3) if A >= 0, else (3, 2)
+         dppo       l = -sg(min(ρ, 20) v) A logp. v is 0 where the probability p = exp(logp) has
+                    moved too far the way A pushes: p - old_p > ε₊ if A > 0, < -ε if not; else 1
+         gmpo       l = -A exp(the row's mean of c), one a row. c = logp - old_logp, clipped to
+                    at most ε₊ if A > 0, to at least -ε if not
+         opmd       l = -A logp + (opmd_tau / 2) (logp - old_logp)²
        β KL is added to it, KL from kl_penalty; times ρ if use_bias_correction_kl.
     3. The aggregation makes one number of all l.
-         sequence   the mean over rows of the mean over tokens; grpo, sapo
-         token      the sum / N; dapo, bnpo, cispo, vespo
+         sequence   the mean over rows of the mean over tokens; grpo, sapo, gmpo
+         token      the sum / N; dapo, bnpo, cispo, vespo, dppo, opmd
          constant   the sum / (rows · max_completion_length); dr_grpo
          row_sum    the sum / rows; luspo
 
     logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,).
     mask: (B, T) bool, see completion_mask; what lies outside has no influence, even NaN.
-    policy_mask: (B, T) bool, the tokens whose surrogate counts (KL and N ignore it). normalizer:
-    the N, or the rows, of the whole optimiser batch, so that the losses of micro-batches add up to
-    the loss of the batch; None: this call's. Returns the loss, a scalar, and diagnostics, means
-    over this call's tokens. Raises ValueError for shapes that do not fit and for missing values.
+    token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: the
+    N, or the rows, of the whole optimiser batch, so that the losses of micro-batches add up to the
+    loss of the batch; None: this call's. Returns the loss, a scalar, and diagnostics, means over
+    this call's tokens. Raises ValueError for shapes that do not fit and for missing values.
     With ρ = 1 there is a gradient all the same: d exp(logp - sg(logp)) = d logp.
     """
     B, T = logps.shape
     shapes: dict[str, Any] = {"old_logps": (old_logps, (B, T)), "advantages": (advantages, (B,))}
     shapes |= {"mask": (mask, (B, T)), "ref_logps": (ref_logps, (B, T))}
-    for name, (tensor, shape) in (shapes | {"policy_mask": (policy_mask, (B, T))}).items():
+    for name, (tensor, shape) in (shapes | {"token_weights": (token_weights, (B, T))}).items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, must be {shape} to fit logps"
@@ -249,6 +262,17 @@ def grpo_loss(
         phi = (k * log_w + lam * (1 - log_w.exp())).exp().detach()  # (B, 1)
         loss = -phi * A * logps
         stats["vespo/phi_seq_mean"] = phi.expand(B, T)
+    elif loss_type == "dppo":
+        moved = logps.exp() - old_logps.exp()
+        near = torch.where(A > 0, moved <= high, moved >= -epsilon)
+        loss = -(ratio.clamp(max=20) * near).detach() * A * logps
+        stats["clip_ratio/region_mean"] = ~near
+    elif loss_type == "gmpo":
+        c = torch.where(A > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-epsilon))
+        loss = (-A * ((c * m).sum(dim=1, keepdim=True) / lengths).exp()).expand(B, T)
+        stats["clip_ratio/region_mean"] = c != log_ratio
+    elif loss_type == "opmd":
+        loss = -A * logps + opmd_tau / 2 * log_ratio.square()
     else:
         bounded = ratio if delta is None else ratio.clamp(max=delta)
         clipped = ratio.clamp(1 - epsilon, 1 + high)
@@ -256,8 +280,8 @@ def grpo_loss(
         low_clip, high_clip = (ratio < 1 - epsilon) & (A < 0), (ratio > 1 + high) & (A > 0)
         stats |= {"clip_ratio/low_mean": low_clip, "clip_ratio/high_mean": high_clip}
         stats["clip_ratio/region_mean"] = low_clip | high_clip
-    if policy_mask is not None:
-        loss = loss * policy_mask
+    if token_weights is not None:
+        loss = loss * torch.where(mask, token_weights, 0.0)
     if beta and ref_logps is not None:
         kl = kl_penalty(logps, torch.where(mask, ref_logps, 0.0), estimator=kl_estimator)
         if use_bias_correction_kl:
@@ -304,9 +328,10 @@ def check_choice(value: Any, choices: Iterable[str], what: str) -> None:
 
 
 Rows = Any  # a sequence of dicts: rows of a data set, or samples
-LEVELS, SCALES = ("token", "sequence"), ("group", "batch", "none")
+LEVELS = ("token", "sequence")
 SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt")
 ORDERS = ("sum_then_normalize", "normalize_then_sum")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 # fmt: off
@@ -339,6 +364,7 @@ class GRPOConfig:
     delta: float | None = setting(None, "Bound of the unclipped ratio (INTELLECT-2).", above=0)
     sapo_temperature_pos: float = setting(1.0, "sapo's tau where A > 0.", above=0)
     sapo_temperature_neg: float = setting(1.05, "sapo's tau elsewhere.", above=0)
+    opmd_tau: float = setting(1.0, "opmd's weight of the squared log-ratio.", above=0)
     scale_rewards: str = setting("group", "Which std divides advantages.", choices=SCALES)
     reward_weights: list[float] | None = setting(None, "One for each reward. None: all 1.")
     multi_objective_aggregation: str = setting(ORDERS[0], "With several rewards.", choices=ORDERS)
@@ -347,6 +373,13 @@ class GRPOConfig:
     use_bias_correction_kl: bool = setting(True, "Multiply the KL term by the importance ratio.")
     top_entropy_quantile: float = setting(
         1.0, "Share of tokens, the most uncertain, whose surrogate counts.", above=0, at_most=1)
+    sampler_correction: str = setting("none", "Weigh by policy / sampler.", choices=CORRECTIONS)
+    sampler_correction_clip_min: float = setting(0.0, "Its lower bound.", at_least=0)
+    sampler_correction_clip_max: float = setting(3.0, "And its upper one.", above=0)
+    off_policy_mask_threshold: float | None = setting(
+        None, "Drop bad rows that have become less likely by so many nats a token.", above=0)
+    merge_half_precision: bool = setting(
+        False, "Sample from merged weights also where merging rounds; needs sampler_correction.")
     # the optimiser: AdamW
     num_iterations: int = setting(1, "Updates made with each batch of completions.", at_least=1)
     learning_rate: float | None = setting(None, "None: default_learning_rate.", at_least=0)
@@ -362,7 +395,7 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        clips = self.loss_type not in ("cispo", "sapo", "vespo")
+        clips = self.loss_type not in ("cispo", "sapo", "vespo", "dppo", "gmpo", "opmd")
         if clips and self.epsilon > 1:
             raise ValueError(f"epsilon = {self.epsilon}: at most 1, as 1 - epsilon bounds a ratio")
         if self.loss_type == "cispo" and self.epsilon_high is None:
@@ -373,6 +406,8 @@ class GRPOConfig:
             warnings.warn(f"{what} weighs a row by its length; GSPO's is grpo", stacklevel=3)
         if not clips and self.delta is not None:
             raise ValueError(f"delta: has no meaning with loss_type {self.loss_type!r}")
+        if self.merge_half_precision and self.sampler_correction == "none":
+            raise ValueError("merge_half_precision: needs sampler_correction, as merging rounds")
         if self.max_steps % self.num_iterations:
             multiple = f"must be a multiple of num_iterations = {self.num_iterations}"
             raise ValueError(f"max_steps = {self.max_steps}: {multiple}")
@@ -398,6 +433,11 @@ VARIANTS: dict[str, Variant] = {
     "luspo": Variant({"loss_type": "luspo", **SEQUENCE, "epsilon": 2e-3, "epsilon_high": 2.5e-3},
                      "arXiv 2602.05261, 5.1"),
     "vespo": Variant({"loss_type": "vespo"}, "VESPO, arXiv 2602.10693"),
+    "dppo": Variant({"loss_type": "dppo"}, "DPPO with total variation, arXiv 2602.04879, eq. 11"),
+    "gmpo": Variant({"loss_type": "gmpo", "epsilon": 0.4}, "GMPO, arXiv 2507.20673"),
+    "opmd": Variant({"loss_type": "opmd"}, "Kimi k1.5, arXiv 2501.12599, 2.3.2"),
+    "rloo": Variant({"scale_rewards": "leave_one_out"}, "arXiv 2402.14740"),
+    "max_rl": Variant({"scale_rewards": "mean"}, "MaxRL, arXiv 2602.02710"),
     "gdpo": Variant({"multi_objective_aggregation": "normalize_then_sum"}, "arXiv 2601.05242"),
     "lite_ppo": Variant({"loss_type": "dapo", "scale_rewards": "batch"}, "arXiv 2508.08221"),
     "top_entropy": Variant({"top_entropy_quantile": 0.2}, "80/20 rule, arXiv 2506.01939"),
@@ -466,7 +506,8 @@ class GRPOTrainer:
                 old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
                 loss, stats = grpo_loss(
                     logps, old_logps, batch.advantages, batch.rollout.completion_mask,
-                    ref_logps=batch.ref_logps, policy_mask=batch.policy_mask,
+                    ref_logps=batch.ref_logps,
+                    token_weights=self.token_weights(batch, logps.detach(), old_logps),
                     normalizer=normalizer, **self.objective,
                 )  # fmt: skip
                 (loss * scale).backward()
@@ -570,7 +611,7 @@ class GRPOTrainer:
 
     @torch.no_grad()
     def mark_uncertain_tokens(self, batches: list["MicroBatch"]) -> None:
-        """policy_mask: the tokens in the top quantile of entropy over the whole optimiser batch."""
+        """Which tokens are in the top quantile of entropy over the whole optimiser batch."""
         with evaluating(self.model):
             entropies = [self.logps(batch.rollout)[1] for batch in batches]
         pairs = list(zip(batches, entropies, strict=True))
@@ -579,7 +620,22 @@ class GRPOTrainer:
         share = self.args.top_entropy_quantile
         threshold = everywhere.quantile(1 - share) if len(everywhere) else math.inf
         for batch, entropy in pairs:
-            batch.policy_mask = entropy >= threshold
+            batch.uncertain = entropy >= threshold
+
+    def token_weights(self, batch: "MicroBatch", logps: Tensor, old_logps: Tensor) -> Tensor:
+        """(b, T): the factors of the tokens' surrogates. All are 1, unless a setting says more."""
+        args, mask, sampled = self.args, batch.rollout.completion_mask, batch.rollout.logps
+        weights = torch.ones_like(logps) if batch.uncertain is None else batch.uncertain.to(logps)
+        if args.sampler_correction != "none":
+            bounds = args.sampler_correction_clip_min, args.sampler_correction_clip_max
+            weights = weights * sampler_weights(
+                old_logps, sampled, mask, args.sampler_correction, *bounds
+            )
+        if args.off_policy_mask_threshold is not None:
+            gap = (sampled - logps).where(mask, 0).sum(1) / mask.sum(1).clamp(min=1)  # (b,)
+            keep = (batch.advantages >= 0) | (gap <= args.off_policy_mask_threshold)
+            weights = weights * keep.unsqueeze(1)
+        return weights
 
     def reduce_and_clip(self, loss: float, scale: float) -> tuple[float, float]:
         """Divide gradients by scale, sum them and the loss over the processes, in one all-reduce,
@@ -780,7 +836,7 @@ class GRPOTrainer:
         self.sharded = hasattr(lm.decoder, "unshard")  # FSDP2
         bases = [m.base_layer.weight.dtype for m in model.modules() if isinstance(m, LoRALinear)]
         exact = bool(bases) and min(torch.finfo(d).bits for d in bases) >= 32  # half would round
-        self.merges = exact and not self.sharded
+        self.merges = (exact or args.merge_half_precision) and bool(bases) and not self.sharded
         self.callbacks = list(callbacks)
         if args.output_dir and not any(isinstance(c, Record) for c in callbacks):
             self.callbacks.append(Record())
@@ -824,7 +880,23 @@ class MicroBatch:
     advantages: Tensor  # (b,)
     old_logps: Tensor | None = None  # (b, T), like the rest. None: the present ones serve
     ref_logps: Tensor | None = None
-    policy_mask: Tensor | None = None
+    uncertain: Tensor | None = None
+
+
+def sampler_weights(
+    old_logps: Tensor, sampled_logps: Tensor, mask: Tensor, mode: str, low: float, high: float
+) -> Tensor:
+    """Corrects for a sampler that is not quite the policy that is scored.    (B, T) -> (B, T)
+
+    w = exp(old_logp - sampled_logp), of a token, or of the row (the product of its tokens'). Mode
+    token_truncate, sequence_truncate: clipped to low..high (TIS); token_mask, sequence_mask: 0
+    outside (IcePop).
+    """
+    gap = torch.where(mask, old_logps - sampled_logps, 0.0)
+    level, _, how = mode.partition("_")
+    ratio = (gap.sum(dim=1, keepdim=True).expand_as(gap) if level == "sequence" else gap).exp()
+    bounded = ratio.clamp(low, high)
+    return bounded if how == "truncate" else torch.where(ratio == bounded, ratio, 0.0)
 
 
 def diagnostics(rollout: "Rollout", old_logps: Tensor, entropies: Tensor) -> dict[str, float]:

@@ -42,6 +42,7 @@ from grpo_lora import (
     grpo_loss,
     kl_penalty,
     multi_objective_advantages,
+    sampler_weights,
 )
 from lora import LoRAConfig, LoRALinear, apply_lora, lora_disabled, lora_merged, param_groups
 from rewards import REWARDS, accuracy_reward, answers_match, canonical_answer, extract_answer
@@ -262,7 +263,7 @@ def test_kl_term_is_masked_averaged_and_corrected_like_the_rest_and_by_nothing_e
     for correct in (False, True):
         loss, stats = grpo_loss(
             logps, old, zero, mask, ref_logps=ref, beta=0.5, use_bias_correction_kl=correct,
-            policy_mask=torch.zeros_like(mask), delta=1e-3, **setting_of(loss_type)
+            token_weights=torch.zeros_like(mask), delta=1e-3, **setting_of(loss_type)
         )  # fmt: skip
         d = ref - logps
         kl = (d.exp() - d - 1) * ((logps - old).exp() if correct else 1.0) * mask
@@ -376,6 +377,96 @@ def test_soft_surrogates_by_hand():
     )
 
 
+def test_surrogates_beyond_trls_by_hand():
+    """dppo bounds the move of the probability, gmpo clips each log-ratio before a row's mean, and
+    opmd holds the log-ratio by a square."""
+    logps, old, A, mask, _ = batch(11, B=6, T=5, spread=0.5)
+    A, per_row = A.unsqueeze(1), mask.sum(1).clamp(min=1)
+    log_ratio = logps - old
+    sizes = {"epsilon": 0.1, "epsilon_high": 0.15}
+
+    moved = logps.exp() - old.exp()
+    near = (A > 0) & (moved <= 0.15) | (A <= 0) & (moved >= -0.1)
+    assert 0 < (near & mask).sum() < mask.sum()
+    weight = log_ratio.exp().clamp(max=20).detach() * near
+    want = -(weight * A * logps * mask).sum() / mask.sum()
+    loss, stats = grpo_loss(logps, old, A.squeeze(1), mask, loss_type="dppo", **sizes)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradient(loss, logps), gradient(want, logps))
+    assert stats["clip_ratio/region_mean"] == pytest.approx(
+        ((~near & mask).sum() / mask.sum()).item()
+    )
+
+    total = 0.0
+    for row in range(len(logps)):
+        own = log_ratio[row][mask[row]]
+        c = own.clamp(max=0.15) if A[row] > 0 else own.clamp(min=-0.1)
+        total = total - (A[row] * c.mean().exp()).sum() if len(own) else total
+    loss, _ = grpo_loss(logps, old, A.squeeze(1), mask, loss_type="gmpo", **sizes)
+    torch.testing.assert_close(loss, total / len(logps))
+    torch.testing.assert_close(gradient(loss, logps), gradient(total / len(logps), logps))
+    assert (per_row > 1).any()
+
+    for tau in (1.0, 0.3):
+        want = ((-A * logps + tau / 2 * log_ratio**2) * mask).sum() / mask.sum()
+        loss, _ = grpo_loss(logps, old, A.squeeze(1), mask, loss_type="opmd", opmd_tau=tau)
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(gradient(loss, logps), gradient(want, logps))
+
+
+def test_dppo_truncates_the_ratio_at_20():
+    logp = torch.full((1, 1), -1e-3, dtype=torch.float64, requires_grad=True)
+    old, one = logp.detach() - 5.0, torch.ones(1, dtype=torch.float64)
+    loss, _ = grpo_loss(logp, old, one, torch.ones(1, 1), loss_type="dppo", epsilon_high=1.0)
+    assert gradient(loss, logp).item() == pytest.approx(-20.0)
+
+
+MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(seed=st.integers(0, 999), bounds=st.sampled_from([(0.0, 3.0), (0.5, 2.0), (0.8, math.inf)]))
+@settings(max_examples=15)
+def test_sampler_weights_by_hand(mode, seed, bounds):
+    logps, old, _, mask, _ = batch(seed, spread=0.5)
+    got = sampler_weights(logps.detach(), old, mask, mode, *bounds)
+    for row in range(len(logps)):
+        gaps = [
+            (a - b).item() for a, b, m in zip(logps[row], old[row], mask[row], strict=True) if m
+        ]
+        gaps = [sum(gaps)] * len(gaps) if mode.startswith("sequence") else gaps
+        want = [math.exp(gap) for gap in gaps]
+        low, high = bounds
+        if mode.endswith("truncate"):
+            want = [min(max(w, low), high) for w in want]
+        else:
+            want = [w if low <= w <= high else 0.0 for w in want]
+        assert got[row][mask[row]].tolist() == pytest.approx(want)
+    dirty = torch.where(mask, old, math.nan)
+    assert torch.equal(sampler_weights(logps.detach(), dirty, mask, mode, *bounds), got)
+
+
+def test_the_sampler_correction_makes_an_estimate_under_another_policy_unbiased():
+    """Completions drawn from another policy, weighed by the row's ratio: the policy gradient."""
+    policy, sampler = TablePolicy(1), TablePolicy(5)
+    sampled = sampler.logps().detach()
+    p = sampled.sum(1).exp()
+    A = REWARD - 0.5
+    for mode, exact in (("sequence_truncate", True), ("token_truncate", False)):
+        logps = policy.logps()
+        weights = sampler_weights(logps.detach(), sampled, policy.mask, mode, 0.0, math.inf)
+        total = 0.0
+        for row in range(len(COMPLETIONS)):
+            one = slice(row, row + 1)
+            loss, _ = grpo_loss(
+                logps[one], logps[one].detach(), A[one], policy.mask[one], loss_type="luspo",
+                token_weights=weights[one],
+            )  # fmt: skip
+            total = total - p[row] * loss
+        same = torch.allclose(gradient(total, policy.logits), policy_gradient(policy), atol=1e-10)
+        assert same == exact
+
+
 def test_vespo_weight_is_that_of_the_row_and_bounded():
     logps = torch.tensor(
         [[0.3, 0.2, 9.0], [50.0, 50.0, 50.0]], dtype=torch.float64, requires_grad=True
@@ -426,7 +517,7 @@ def test_clip_diagnostics_count_the_tokens_that_lost_their_gradient(loss_type):
 def test_defaults_of_the_loss_are_those_of_the_config_and_trls():
     config, defaults = GRPOConfig(), inspect.signature(grpo_loss).parameters
     shared = [name for name in defaults if hasattr(config, name)]
-    assert len(shared) == 11
+    assert len(shared) == 12
     for name in shared:
         if defaults[name].default is not None:
             assert defaults[name].default == getattr(config, name), name
@@ -547,10 +638,10 @@ def test_order_of_rows_and_amount_of_padding_do_not_matter(loss_type, seed, orde
     torch.testing.assert_close(again, loss)
 
 
-def test_policy_mask_drops_policy_terms_and_keeps_the_divisor():
+def test_token_weights_drop_policy_terms_and_keeps_the_divisor():
     logps, old, A, mask, _ = batch(7)
     keep = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    loss, _ = grpo_loss(logps, old, A, mask, policy_mask=keep)
+    loss, _ = grpo_loss(logps, old, A, mask, token_weights=keep)
     ratio = (logps - old).exp()
     want = -torch.min(ratio * A.unsqueeze(1), ratio.clamp(0.8, 1.2) * A.unsqueeze(1)) * (
         mask & keep
@@ -584,7 +675,7 @@ def test_shapes_and_missing_settings_are_refused_by_name():
         ("mask", {"mask": mask[:-1]}),
         ("ref_logps", {"ref_logps": ref[:1], "beta": 0.1}),
         ("ref_logps", {"beta": 0.1}),
-        ("policy_mask", {"policy_mask": mask[0]}),
+        ("token_weights", {"token_weights": mask[0]}),
         ("loss_type", {"loss_type": "ppo"}),
         ("importance_sampling_level", {"importance_sampling_level": "batch"}),
         ("epsilon_high", {"loss_type": "cispo"}),
@@ -598,9 +689,11 @@ def test_shapes_and_missing_settings_are_refused_by_name():
 
 @pytest.mark.parametrize("kl", [None, "k1", "k2", "k3"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in ("cispo", "vespo")])
+@pytest.mark.parametrize(
+    "loss_type", [name for name in LOSSES if name not in ("cispo", "vespo", "dppo")]
+)
 def test_gradients_are_those_of_the_loss_by_finite_differences(loss_type, level, kl):
-    # cispo and vespo stop a gradient on purpose: by hand, above
+    # cispo, vespo and dppo stop a gradient on purpose: by hand, above
     logps, old, A, mask, ref = batch(9, B=3, T=3)
     options = setting_of(loss_type, ref_logps=ref, importance_sampling_level=level)
     options |= {"beta": 0.3 if kl else 0.0, "kl_estimator": kl or "k3"}
@@ -652,12 +745,14 @@ class TablePolicy:
 REWARD = torch.tensor([0.0, 1.0, 0.3, 0.0, 2.0, 0.7, 1.0], dtype=torch.float64)
 
 
-def expected_gradient(policy: TablePolicy, G: int, *, scale: str, loss_type: str) -> torch.Tensor:
+def expected_gradient(
+    policy: TablePolicy, G: int, *, scale: str, loss_type: str, reward: torch.Tensor = REWARD
+) -> torch.Tensor:
     """E over groups of G samples of -∇ loss, by listing all 7^G groups."""
     logps, p, total = policy.logps(), policy.probabilities().detach(), 0.0
     for group in itertools.product(range(len(COMPLETIONS)), repeat=G):
         rows = list(group)
-        A = group_advantages(REWARD[rows].unsqueeze(0), scale=scale)[0]
+        A = group_advantages(reward[rows].unsqueeze(0), scale=scale)[0]
         options = {"loss_type": loss_type, "max_completion_length": HORIZON}
         loss, _ = grpo_loss(logps[rows], logps[rows].detach(), A, policy.mask[rows], **options)
         total = total - p[rows].prod() * loss
@@ -677,6 +772,24 @@ def test_dr_grpo_is_g_minus_1_over_g_of_the_policy_gradient_in_expectation(G):
     policy = TablePolicy(1)
     got = expected_gradient(policy, G, scale="none", loss_type="dr_grpo") * HORIZON
     torch.testing.assert_close(got, (G - 1) / G * policy_gradient(policy), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_rloo_is_the_policy_gradient_in_expectation(G):
+    policy = TablePolicy(1)
+    got = expected_gradient(policy, G, scale="leave_one_out", loss_type="dr_grpo") * HORIZON
+    torch.testing.assert_close(got, policy_gradient(policy), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("G", [2, 3, 4])
+def test_max_rl_climbs_a_truncated_log_likelihood_of_success(G):
+    """For rewards of 0 and 1, p the probability of success: ∇ of -Σ_{k<G} (1-p)^k / k, which for
+    many samples is ∇ log p. (A group without a success gives nothing, hence G - 1 terms.)"""
+    policy, success = TablePolicy(1), (REWARD > 0.5).double()
+    got = expected_gradient(policy, G, scale="mean", loss_type="dr_grpo", reward=success) * HORIZON
+    p = (policy.probabilities() * success).sum()
+    likelihood = -sum((1 - p) ** k / k for k in range(1, G))
+    torch.testing.assert_close(got, gradient(likelihood, policy.logits), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -951,7 +951,7 @@ def test_tokens_as_uncertain_as_the_threshold_count():
         parts = iter(entropies.split(3))
         t.logps = lambda rollout: (None, next(parts))
         t.mark_uncertain_tokens(batches)
-        return torch.cat([batch.policy_mask for batch in batches])
+        return torch.cat([batch.uncertain for batch in batches])
 
     assert counted(torch.full((6, 8), 0.3)).all()  # all as uncertain: none is left out
     levels = torch.tensor([1.0, 2.0, 3.0]).repeat(16).view(6, 8)

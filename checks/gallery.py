@@ -115,7 +115,7 @@ GALLERY = [
     Bug(9, "KL dropped by a mask that is not its own",
         "PrimeIntellect-ai/prime-rl#1701", "grpo_lora.py",
         "loss = loss + beta * kl",
-        "loss = loss + beta * kl * (1 if policy_mask is None else policy_mask)",
+        "loss = loss + beta * kl * (1 if token_weights is None else token_weights)",
         "test_kl_term_is_masked_averaged_and_corrected_like_the_rest_and_by_nothing_else"),
     Bug(10, "temperature at sampling, not at scoring",
         "huggingface/trl#3029", "grpo_lora.py",

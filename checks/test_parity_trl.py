@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from checks.parity import adapter_of, both, parity_model, randomise
 from grpo_lora import (
     GRPOConfig,
     GRPOTrainer,
+    MicroBatch,
     Rollout,
     completion_mask,
     grpo_loss,
@@ -194,7 +196,7 @@ def test_top_entropy_mask_is_trls(objective_trainer, loss_type):
     for seed, q in itertools.product(range(3), (0.2, 0.5)):
         batch, ref, entropies = random_batch(seed)
         keep = entropies >= torch.quantile(entropies[batch[3]], 1 - q)
-        ours = our_loss(batch, ref, beta=0.3, policy_mask=keep, **settings)
+        ours = our_loss(batch, ref, beta=0.3, token_weights=keep, **settings)
         assert_same(
             ours,
             trl_loss(
@@ -404,3 +406,20 @@ def test_math_verify_is_trls_accuracy_reward():
     ours = {"prompts": None, "completions": chats, "answer": [gold for _, gold in pairs]}
     assert rewards.math_verify_reward(**ours) == expected and {0.0, 1.0, None} <= {*expected}
     assert rewards.math_verify_reward(None, [answers[0]], [None]) == [None]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_off_policy_mask_is_trls(seed):
+    trl = pytest.importorskip("trl")
+    (logps, old, A, mask), _, _ = random_batch(seed, 0.3)
+    sampled = old + 3.0 * torch.randn(old.shape, generator=torch.Generator().manual_seed(seed))
+    A = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
+    theirs = trl.GRPOTrainer.get_off_policy_mask(
+        A.unsqueeze(1), logps, sampled, mask.double(), 1e-6
+    )
+    rollout = SimpleNamespace(completion_mask=mask, logps=sampled)
+    part = MicroBatch([], rollout, A)
+    settings = {"sampler_correction": "none", "off_policy_mask_threshold": 1e-6}
+    trainer = SimpleNamespace(args=SimpleNamespace(**settings))
+    ours = GRPOTrainer.token_weights(trainer, part, logps.detach(), old)
+    assert torch.equal(ours, theirs.expand_as(ours)) and 0 < ours.mean() < 1

@@ -142,9 +142,7 @@ def test_what_an_update_did_to_each_token_is_recorded(settings, tmp_path):
             assert row["trained"] == [row["ended"]] * n
     if "top_entropy_quantile" in settings:
         assert all(row["trained"] == [True] * row["length"] for row in rows) is False
-        kept = {
-            p: m for b in batches for p, m in zip(b.prompts, b.policy_mask.split(4), strict=True)
-        }
+        kept = {p: m for b in batches for p, m in zip(b.prompts, b.uncertain.split(4), strict=True)}
         for i, row in enumerate(rows):
             assert row["trained"] == kept[i // 4][i % 4, : row["length"]].tolist()
     elif not settings:

@@ -31,6 +31,7 @@ from grpo_lora import (
     completion_logps,
     grpo_loss,
     multi_objective_advantages,
+    sampler_weights,
 )
 from lora import LoRAConfig, LoRALinear, TrainedCopy, apply_lora, save_lora
 from runner import cli, processes
@@ -187,6 +188,14 @@ def it_stands_before_every_prompt(given: Given) -> None:
         assert "3<end><user>" in text.replace(" ", "") and text.endswith("<assistant>")
 
 
+@acts(chat_template_kwargs={"words": "1+1"})
+def the_template_gets_these_words(given: Given) -> None:
+    t = trainer(**given)
+    t.tokenizer = copy.deepcopy(TOKENIZER)
+    t.tokenizer.chat_template += "{{ words }}"
+    assert TOKENIZER.decode(t.encode(ROWS[0])).endswith("<assistant>1+1")
+
+
 @acts(mask_truncated_completions=True)
 def rows_without_an_eos_leave_the_loss(given: Given) -> None:
     model = with_adapters(tiny_model())
@@ -222,7 +231,7 @@ def the_gradient_is_that_of_the_loss_with_it(given: Given, wanted: Given, needs:
         old = logps(before, batch.rollout)[0].detach()
         loss = loss + grpo_loss(
             now, old, batch.advantages, batch.rollout.completion_mask, ref_logps=old,
-            policy_mask=entropy >= entropies.quantile(1 - share), normalizer=normalizer, **settings,
+            token_weights=entropy >= entropies.quantile(1 - share), normalizer=normalizer, **settings,
         )[0]  # fmt: skip
     for name, gradient in gradients(policy, loss).items():
         torch.testing.assert_close(t.params[name].grad, gradient, atol=1e-5, rtol=1e-4)
@@ -241,12 +250,84 @@ OBJECTIVE: dict[str, tuple[Any, Given]] = {  # field -> its value, and what else
     "kl_estimator": ("k2", KL),
     "use_bias_correction_kl": (False, KL),
     "top_entropy_quantile": (0.3, {}),
+    "opmd_tau": (5.0, {"loss_type": "opmd"}),
 }
 for _name, (_value, _needs) in OBJECTIVE.items():
     _shows = functools.partial(
         the_gradient_is_that_of_the_loss_with_it, wanted={_name: _value}, needs=_needs
     )
     acts(**{_name: _value})(_shows)
+
+
+def gradient_of_a_mismatched_sampler(**given: Any) -> Any:
+    """An update whose completions came from a policy with other adapters: its gradient, and its
+    rollout, log-probs and micro-batches."""
+    model = with_adapters(tiny_model(dtype=torch.float64))
+    t = trainer(model, reward=ramp, max_grad_norm=1e9, **given)
+    sampler = with_adapters(tiny_model(dtype=torch.float64), seed=5)
+    t.seed("update", 0)
+    other = trainer(sampler, reward=ramp)
+    other.seed("update", 0)
+    rollout = other.sample(t.batch(0), 4)
+    t.sample = lambda *args: rollout
+    before = copy.deepcopy(model)
+    t.update(t.batch(0))
+    return t, before
+
+
+def weights_act(given: Given, mode: str = "none", low=0.0, high=3.0, threshold=None) -> None:
+    """The gradient is that of the loss with these weights."""
+    needs = {} if mode == "none" else {"sampler_correction": mode}
+    t, before = gradient_of_a_mismatched_sampler(**needs | given)
+    loss, seen = torch.zeros((), dtype=torch.float64), []
+    for batch in t.last_batch[1]:
+        mask, sampled = batch.rollout.completion_mask, batch.rollout.logps
+        logps, _ = completion_logps(before, batch.rollout, temperature=1.0)
+        old = logps.detach()
+        weights = torch.ones_like(old)
+        if mode != "none":
+            weights = sampler_weights(old, sampled, mask, mode, low, high)
+        if threshold:
+            gap = torch.where(mask, sampled - old, 0.0).sum(1) / mask.sum(1)
+            weights = weights * ~((batch.advantages < 0) & (gap > threshold)).unsqueeze(1)
+        seen += weights[mask].tolist()
+        N = int(t.last_batch[0].completion_mask.sum())
+        A = batch.advantages
+        loss = loss + grpo_loss(logps, old, A, mask, token_weights=weights, normalizer=N)[0]
+    assert len(set(seen)) > 1
+    for name, gradient in gradients(before, loss).items():
+        torch.testing.assert_close(t.params[name].grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+@acts(sampler_correction="sequence_truncate")
+def tokens_are_weighed_by_policy_over_sampler(given: Given) -> None:
+    weights_act(given, "sequence_truncate")
+
+
+@acts(sampler_correction_clip_min=0.8)
+def small_weights_are_dropped(given: Given) -> None:
+    weights_act(given, "token_mask", low=0.8)
+
+
+@acts(sampler_correction_clip_max=1.1)
+def large_weights_are_dropped(given: Given) -> None:
+    weights_act(given, "token_mask", high=1.1)
+
+
+@acts(off_policy_mask_threshold=0.05)
+def bad_rows_of_another_policy_are_dropped(given: Given) -> None:
+    weights_act(given, threshold=0.05)
+
+
+@acts(merge_half_precision=True)
+def half_precision_weights_are_merged_for_rollouts(given: Given) -> None:
+    model = lambda: with_adapters(tiny_model(dtype=torch.bfloat16))
+    correction = {"sampler_correction": "token_truncate"}
+    merged, plain = trainer(model(), **correction, **given), trainer(model(), **correction)
+    assert merged.merges and not plain.merges
+    assert update(merged)[GAP] > 0 and trainer(**correction).merges
+    with pytest.raises(ValueError, match="needs sampler_correction"):
+        trainer(model(), **given)
 
 
 def advantages_and_rewards(reward: Any, **args: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -527,6 +608,14 @@ def these_rows_are_trained_on(given: Given, start) -> None:
     assert start(**given).train_dataset == ROWS[:3]
 
 
+@acts(prompt_column="question")
+def another_column_is_the_prompt(given: Given, start) -> None:
+    rows = [{"question": row["prompt"], "answer": row["answer"]} for row in ROWS]
+    write_rows("questions.jsonl", rows)
+    t = start(data="questions.jsonl", **given)
+    assert t.train_dataset == [{k: row[k] for k in ("answer", "prompt")} for row in ROWS]
+
+
 @acts(eval_data="held-out.jsonl")
 def these_rows_are_held_out(given: Given, start) -> None:
     write_rows("held-out.jsonl", ROWS[:3])
@@ -699,6 +788,7 @@ def test_a_setting_can_be_given_on_the_command_line(name):
     if isinstance(value, list):
         words = [",".join(value)] if name == "target_modules" else [str(x) for x in value]
     command = ["--model", "m", "--data", "d", f"--{name}", *words]
+    command += ["--sampler_correction", "token_mask"] if name.startswith("merge") else []
     if name == "bias":
         with pytest.raises(ValueError, match="bias = 'all'"):
             cli.parse(command)

@@ -84,8 +84,8 @@ def token_changes(trainer: GRPOTrainer, count: int) -> list[dict[str, Any]]:
     rollout, micro_batches = trainer.last_batch
     G, trained = rollout.num_generations, rollout.completion_mask.clone()
     for batch in micro_batches:
-        if batch.policy_mask is not None:
-            for p, kept in zip(batch.prompts, batch.policy_mask.split(G), strict=True):
+        if batch.uncertain is not None:
+            for p, kept in zip(batch.prompts, batch.uncertain.split(G), strict=True):
                 trained[p * G : (p + 1) * G, : kept.shape[1]] &= kept
     # all that was written, also where mask_truncated_completions took it out of the loss
     mask = completion_mask(rollout.completion_ids, trainer.eos_token_ids)
