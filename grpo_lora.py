@@ -835,7 +835,7 @@ class GRPOTrainer:
         }
         self.sharded = hasattr(lm.decoder, "unshard")  # FSDP2
         bases = [m.base_layer.weight.dtype for m in model.modules() if isinstance(m, LoRALinear)]
-        exact = bool(bases) and min(torch.finfo(d).bits for d in bases) >= 32  # half would round
+        exact = {*bases} <= {torch.float32, torch.float64}  # in half precision merging rounds
         self.merges = (exact or args.merge_half_precision) and bool(bases) and not self.sharded
         self.callbacks = list(callbacks)
         if args.output_dir and not any(isinstance(c, Record) for c in callbacks):

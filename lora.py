@@ -122,7 +122,8 @@ class LoRALinear(_Switchable):
         self.base_layer = base
         self.transposed = isinstance(base, Conv1D)
         self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        out_features, in_features = self._oriented(base.weight).shape
+        sizes = (base.nx, base.nf) if self.transposed else (base.in_features, base.out_features)
+        in_features, out_features = sizes
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         options: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": dtype}
         self.lora_dropout = nn.Dropout(config.lora_dropout)
@@ -136,8 +137,9 @@ class LoRALinear(_Switchable):
             self._init_weights(config, r)
 
     def _init_weights(self, config: LoRAConfig, r: int) -> None:
-        A, B, W = self.lora_A.weight, self.lora_B.weight, self._oriented(self.base_layer.weight)
+        A, B = self.lora_A.weight, self.lora_B.weight
         if config.init_lora_weights == "pissa":
+            W = dense_weight(self.base_layer)
             # Meng et al. 2024. W = U S Vᵀ: A and B get the r largest directions, the rest stays
             if r > min(W.shape):
                 raise ValueError(f"r = {r}, W is {tuple(W.shape)}: PiSSA needs r <= {min(W.shape)}")
@@ -145,7 +147,7 @@ class LoRALinear(_Switchable):
             root = (S[:r] / self.scaling).sqrt().diag()
             A.copy_(root @ Vh[:r])
             B.copy_(U[:, :r] @ root)
-            self.residual = self._oriented(W.to(A.dtype) - self.scaling * B @ A).to(W.dtype)
+            self.residual = (W.to(A.dtype) - self.scaling * B @ A).to(W.dtype)
         else:
             nn.init.zeros_(B)
             if config.init_lora_weights == "gaussian":
@@ -157,13 +159,9 @@ class LoRALinear(_Switchable):
         if config.use_dora:
             self.lora_magnitude_vector = nn.Parameter(self._norm())
 
-    def _oriented(self, weight: Tensor) -> Tensor:
-        """(out, in) from the base layer's layout, or back: transposing is its own inverse."""
-        return weight.T if self.transposed else weight
-
     def _frozen(self) -> Tensor:
         """(out, in), the frozen part of the weight: W, or with PiSSA what is left of it."""
-        return self._oriented(self.base_layer.weight if self.residual is None else self.residual)
+        return dense_weight(self.base_layer) if self.residual is None else self.residual
 
     def _norm(self) -> Tensor:
         """DoRA's n (out,): ‖W + s·B A‖ per output row, in PEFT's order of operations."""
@@ -173,10 +171,11 @@ class LoRALinear(_Switchable):
     def merged_weight(self) -> Tensor:
         """(out, in): the one dense weight that does what base and adapter do together."""
         A, B = self.lora_A.weight, self.lora_B.weight
-        weight = torch.addmm(self._frozen().to(A.dtype), B, A, alpha=self.scaling)  # W + s·B A
+        W = self._frozen()
+        weight = torch.addmm(W.to(A.dtype), B, A, alpha=self.scaling)  # W + s·B A
         if self.lora_magnitude_vector is not None:
             weight = weight * (self.lora_magnitude_vector / self._norm()).unsqueeze(1)
-        return weight.to(self.base_layer.weight.dtype)
+        return weight.to(W.dtype)
 
     def _base(self, x: Tensor) -> Tensor:
         """The frozen part of the layer."""
@@ -192,7 +191,7 @@ class LoRALinear(_Switchable):
         if self.disabled:
             return self.base_layer(x)
         if self.merged is not None:
-            return F.linear(x, self.merged, self.base_layer.bias)
+            return F.linear(x, self.merged.to(x.dtype), self.base_layer.bias)
         dropout = self.lora_dropout.training and self.lora_dropout.p > 0
         x_adapter = self.lora_dropout(x.to(self.lora_A.weight.dtype)) if dropout else x
         if self.lora_magnitude_vector is None:
@@ -211,6 +210,24 @@ class LoRALinear(_Switchable):
             plain = result if bias is None else result - bias
         change = (ratio - 1) * plain + ratio * self.lora_B(self._down(x_adapter)) * self.scaling
         return (result + change).to(result.dtype)
+
+
+def is_dense(base: Any) -> bool:
+    """Whether a layer's weight is a matrix of numbers, rather than quantised."""
+    return type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
+
+
+@torch.no_grad()
+def dense_weight(base: Any) -> Tensor:
+    """(out, in): a linear layer's weight. Of a quantised one base(identity)ᵀ, less the bias, which
+    needs no library of quantisation."""
+    weight = base.weight
+    if is_dense(base):
+        return weight.T if isinstance(base, Conv1D) else weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    parts = torch.arange(base.in_features, device=weight.device).split(1024)
+    W = torch.cat([base(F.one_hot(i, base.in_features).to(dtype)) for i in parts])  # (in, out)
+    return (W if base.bias is None else W - base.bias).T
 
 
 class TrainedCopy(_Switchable):
@@ -256,10 +273,13 @@ def make_adapters(model: Any, config: LoRAConfig) -> Adapters:
     else:
         targets = [name for name in linear if _matches(name, config.target_modules)]
 
+    kinds = {n: type(module).__name__ for n, module in modules.items() if n not in linear}
+    odd = sorted({kind for kind in kinds.values() if "Linear" in kind})
+    note = f" ({', '.join(odd)} cannot be adapted)" if odd else ""
     wanted = config.target_modules
     for target in [wanted] if isinstance(wanted, str) else [[name] for name in wanted]:
         found = targets if target == "all-linear" else [n for n in targets if _matches(n, target)]
-        _require(found, f"target_modules: {target!r} matches no linear layer", linear)
+        _require(found, f"target_modules: {target!r} matches no linear layer{note}", linear)
     for ending in config.modules_to_save or []:
         found = [name for name in modules if name.endswith(ending)]
         _require(found, f"modules_to_save: {ending!r} matches no module", modules)
@@ -298,17 +318,17 @@ def _insert(model: Any, config: LoRAConfig, layers: Adapters) -> Any:
     return model
 
 
+@torch.no_grad()
 def _is_linear(module: Any) -> bool:
-    """Whether a module is a linear layer. A subclass with its own forward must act like one."""
-    if not isinstance(module, nn.Linear | Conv1D):
-        return False
+    """Whether a module is a linear layer. One with its own forward must act like one."""
     if type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return True
-    weight: Any = module.weight
+    if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+        return False
     try:
-        x = torch.ones(2, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        with torch.no_grad():
-            y, wanted = module(x), F.linear(x, weight, module.bias)
+        W = dense_weight(module)
+        x = torch.ones(2, W.shape[1], dtype=W.dtype, device=W.device)
+        y, wanted = module(x), F.linear(x, W, module.bias)
         return isinstance(y, Tensor) and torch.allclose(y.float(), wanted.float(), 0.02, 0.02)
     except Exception:  # a router, say, takes other inputs, and may raise anything
         return False
@@ -424,10 +444,17 @@ def merge_and_unload(model: Any) -> Any:
     An adapted head that shared its weight with the embedding gets one of its own."""
     for name, module in _adapters(model).items():
         if isinstance(module, LoRALinear):
+            base: Any = module.base_layer
             with torch.no_grad():
-                weight = module._oriented(module.merged_weight()).contiguous()
-            module.base_layer.weight = nn.Parameter(weight)
-            model.set_submodule(name, module.base_layer)
+                weight = module.merged_weight()
+            if not is_dense(base):  # it was quantised, and is no more
+                bias, base = (
+                    base.bias,
+                    nn.Linear(base.in_features, base.out_features, device="meta"),
+                )
+                base.bias = bias
+            base.weight = nn.Parameter((weight.T if module.transposed else weight).contiguous())
+            model.set_submodule(name, base)
         else:
             model.set_submodule(name, module.trained)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -667,8 +667,9 @@ def test_every_setting_of_trl_and_peft_is_ours_or_answered():
         for f in dataclasses.fields(kind)
     }
     ours = {action.dest for action in cli.make_parser()._actions}
-    assert not (unknown := names - ours - cli.LEFT_OUT.keys()), unknown
-    assert not ours & cli.LEFT_OUT.keys()
+    answered = cli.LEFT_OUT.keys() | cli.ALIASES.keys()
+    assert not (unknown := names - ours - answered), unknown
+    assert not ours & answered and ours >= {*cli.ALIASES.values()}
 
 
 @pytest.mark.parametrize(
@@ -678,7 +679,7 @@ def test_every_setting_of_trl_and_peft_is_ours_or_answered():
         ("--bf16", "--bf16: use --dtype bfloat16"),
         ("--model_name_or_path x", "--model_name_or_path: it is called --model here"),
         ("--report_to wandb", "--report_to: every run writes metrics.jsonl"),
-        ("--load_in_4bit", "--load_in_4bit: there are no quantised bases"),
+        ("--use_bnb_nested_quant", "--use_bnb_nested_quant: 4 bits are NF4, plain"),
         ("--max_prompt_length 5", "--max_prompt_length: prompts are never cut"),
         ("--learning_rat 1", "'learning_rat' is unknown, did you mean 'learning_rate'?"),
         ("--zzzz 1", "'zzzz' is unknown (all: "),
@@ -688,6 +689,14 @@ def test_a_setting_of_another_trainer_is_answered_with_what_to_do_here(flags, wo
     assert main(flags.split()) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and ("did you mean" in said) == ("rat " in flags)
+
+
+def test_trls_names_of_the_sampler_correction_are_taken():
+    flags = "--vllm_importance_sampling_mode token_mask --vllm_importance_sampling_clip_min=0.5"
+    flags += " --vllm_importance_sampling_cap 2"
+    _, _, args = cli.parse(["--model", "m", "--data", "d", *flags.split()])
+    bounds = args.sampler_correction_clip_min, args.sampler_correction_clip_max
+    assert (args.sampler_correction, *bounds) == ("token_mask", 0.5, 2.0)
 
 
 def test_template_arguments_are_read_as_json_and_come_back_from_the_file(tmp_path):

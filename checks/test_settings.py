@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -643,6 +644,22 @@ def base_weights_are_of_this_type_and_adapters_float32(given: Given, start) -> N
     parameters = start(**given).model.parameters()
     found = {(p.dtype, p.requires_grad) for p in parameters}
     assert found == {(torch.bfloat16, False), (torch.float32, True)}
+
+
+@acts(load_in_4bit=True)
+def base_weights_are_in_four_bits(given: Given, start) -> None:
+    pytest.importorskip("bitsandbytes")
+    t = start(**given)
+    assert type(t.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert math.isfinite(update(t)["loss"])
+
+
+@acts(load_in_8bit=True)
+def base_weights_are_in_eight_bits(given: Given, start) -> None:
+    pytest.importorskip("bitsandbytes")
+    t = start(**given)
+    assert type(t.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear8bitLt"
+    assert math.isfinite(update(t)["loss"])
 
 
 @acts(device="cpu")

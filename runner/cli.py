@@ -22,7 +22,7 @@ from typing import Any, get_type_hints
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
 from grpo_lora import (
     VARIANTS,
@@ -68,6 +68,8 @@ class RunConfig:
         "accuracy", "Comma-separated: names (see rewards.py), file.py:function, module:function.")
     dtype: str = setting("float32", "Of the base weights; adapters are float32.",
                          choices=("float32", "bfloat16", "float16"))
+    load_in_4bit: bool = setting(False, "Base weights in 4 bits (NF4), by bitsandbytes.")
+    load_in_8bit: bool = setting(False, "Base weights in 8 bits, by bitsandbytes.")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one.")
     adapter: str | None = setting(None, "Saved adapter to go on training. None: a new one.")
     variant: str | None = setting(
@@ -91,6 +93,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.load_in_4bit or self.load_in_8bit:
+            if self.load_in_4bit and self.load_in_8bit:
+                raise ValueError("load_in_4bit, load_in_8bit: choose one")
+            if not importlib.util.find_spec("bitsandbytes"):
+                raise ValueError("load_in_4bit, load_in_8bit: need: pip install bitsandbytes")
+            if self.fsdp:
+                raise ValueError("load_in_4bit, load_in_8bit: fsdp spreads dense weights alone")
 
 
 CONCERNS = {  # how --help groups the settings; what is not named here is the last group's
@@ -100,14 +109,17 @@ CONCERNS = {  # how --help groups the settings; what is not named here is the la
         "tune",
     ],
     "data and model": [
-        "prompt_column", "eval_data", "system_prompt", "chat_template_kwargs", "dtype", "device",
+        "prompt_column", "eval_data", "system_prompt", "chat_template_kwargs", "dtype",
+        "load_in_4bit", "load_in_8bit", "device",
     ],
     "adapter": ["adapter", *(f.name for f in dataclasses.fields(LoRAConfig))],
     "objective": [
         "loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta",
         "sapo_temperature_pos", "sapo_temperature_neg", "scale_rewards", "reward_weights",
         "multi_objective_aggregation", "beta", "kl_estimator", "use_bias_correction_kl",
-        "top_entropy_quantile", "mask_truncated_completions", "temperature",
+        "opmd_tau", "top_entropy_quantile", "sampler_correction", "sampler_correction_clip_min",
+        "sampler_correction_clip_max", "off_policy_mask_threshold", "merge_half_precision",
+        "mask_truncated_completions", "temperature",
     ],
     "optimiser": [
         "num_iterations", "lora_plus_ratio", "modules_to_save_learning_rate", "lr_scheduler_type",
@@ -126,9 +138,8 @@ OTHERS = {  # settings of TRL's, transformers' and PEFT's that are not ours, by 
     "data are JSONL files: --data, --eval_data, --eval_size": "dataset_name dataset_config "
     "dataset_train_split dataset_test_split dataset_streaming",
     "use --dtype bfloat16 or --dtype float16 (adapters stay float32)": "bf16 fp16 tf32 "
-    "bf16_full_eval fp16_full_eval bnb_4bit_quant_storage bnb_4bit_quant_type "
-    "use_bnb_nested_quant cast_lm_head_to_fp32",
-    "there are no quantised bases; --dtype bfloat16 halves the base": "load_in_4bit load_in_8bit",
+    "bf16_full_eval fp16_full_eval cast_lm_head_to_fp32",
+    "4 bits are NF4, plain": "bnb_4bit_quant_storage bnb_4bit_quant_type use_bnb_nested_quant",
     "adapters are always trained; their settings are --r, --lora_alpha, ...": "use_peft",
     "every run writes metrics.jsonl and report.html into --output_dir": "report_to logging_steps "
     "logging_strategy logging_first_step run_name project trackio_space_id trackio_bucket_id "
@@ -153,17 +164,13 @@ OTHERS = {  # settings of TRL's, transformers' and PEFT's that are not ours, by 
     "vllm_structured_outputs_regex vllm_tensor_parallel_size use_transformers_paged "
     "use_transformers_continuous_batching transformers_continuous_batching_config "
     "cache_implementation use_cache ds3_gather_for_generation",
-    "sampler and scorer are one model, so that there is nothing to correct":
-    "vllm_importance_sampling_correction vllm_importance_sampling_mode "
-    "vllm_importance_sampling_cap vllm_importance_sampling_clip_max "
-    "vllm_importance_sampling_clip_min",
+    "it is --sampler_correction none, or one of its modes": "vllm_importance_sampling_correction",
     "sampling is untruncated, so that what is sampled is what is trained": "top_p top_k min_p "
     "generation_kwargs",
     "use the reward repetition_penalty, which changes the policy itself": "repetition_penalty",
     "there is no entropy bonus; --top_entropy_quantile and --epsilon_high keep entropy up":
     "entropy_coef entropy_coef_delta entropy_coef_min entropy_coef_max entropy_target "
     "use_adaptive_entropy",
-    "there is no off-policy mask; lower --num_iterations": "off_policy_mask_threshold",
     "there is no router loss; routers stay frozen": "router_aux_loss_coef",
     "vespo's are fixed: k = 2, 3 and lambda = 3, 2": "vespo_k_pos vespo_k_neg vespo_lambda_pos "
     "vespo_lambda_neg",
@@ -197,6 +204,12 @@ OTHERS = {  # settings of TRL's, transformers' and PEFT's that are not ours, by 
     "eval_do_concat_batches eval_use_gather_object include_for_metrics prediction_loss_only "
     "save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint "
     "ignore_bias_buffers reward_model_name_or_path",
+}
+ALIASES = {  # TRL's names of settings that we have
+    "vllm_importance_sampling_mode": "sampler_correction",
+    "vllm_importance_sampling_clip_min": "sampler_correction_clip_min",
+    "vllm_importance_sampling_clip_max": "sampler_correction_clip_max",
+    "vllm_importance_sampling_cap": "sampler_correction_clip_max",
 }
 LEFT_OUT = {name: advice for advice, names in OTHERS.items() for name in names.split()}
 
@@ -281,6 +294,8 @@ def parse_target_modules(text: str) -> str | list[str]:
 def parse(argv: Sequence[str]) -> tuple[RunConfig, LoRAConfig, GRPOConfig]:
     """Command line -> settings. A flag beats the variant, which beats the demo and the defaults."""
     parser, argv = make_parser(), list(argv)
+    for theirs, ours in ALIASES.items():
+        argv = [re.sub(rf"^--{theirs}(?==|$)", f"--{ours}", word) for word in argv]
     first, unknown = parser.parse_known_args(argv)
     for flag in (word[2:].partition("=")[0] for word in unknown if word.startswith("--")):
         flag = flag.replace("-", "_")
@@ -447,11 +462,17 @@ def prepare(run: RunConfig, lora: LoRAConfig, args: GRPOConfig) -> GRPOTrainer:
         gather("the model is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, run.dtype))
+        options: dict[str, Any] = {"dtype": getattr(torch, run.dtype)}
+        if run.load_in_4bit or run.load_in_8bit:
+            bits = {"load_in_8bit": True} if run.load_in_8bit else {"load_in_4bit": True}
+            nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": options["dtype"]}
+            options["quantization_config"] = BitsAndBytesConfig(**bits, **nf4)
+            options["device_map"] = {"": device}
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"--model {folder}: {type(error).__name__}: {error}") from None
     transformers.set_seed(args.seed)
-    if not run.fsdp:  # which spreads it before it moves it
+    if not run.fsdp and "device_map" not in options:  # fsdp spreads it before it moves it
         model.to(device)
     model = load_lora(model, run.adapter) if run.adapter else apply_lora(model, lora)
     if run.fsdp:
