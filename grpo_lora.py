@@ -9,13 +9,14 @@ and makes each more or less likely by how it compares with its group. There is n
 With LoRA (lora.py) the reference policy is the model with its adapter off: no second model either.
 
 In order: the objective, the settings, the trainer (its `update` is the algorithm), the rollout, the
-log-probabilities. If you stop there you have read GRPO. The model as two parts, data, processes.
+log-probabilities. If you stop there you have read GRPO. Then: the model as two parts, data,
+processes.
 
 P prompts, G completions of each, B = P·G rows; the rows of a prompt are adjacent. L prompt tokens,
 T completion tokens, V words in the vocabulary, H the model's width, K reward functions.
 
 Left out, and refused: vLLM and other servers, tools, multi-turn, images, the entropy bonus,
-off-policy masks, router losses, learned reward models. (TRL and verl have them.)
+router losses, learned reward models. (TRL and verl have them.)
 """
 
 import contextlib
@@ -151,8 +152,8 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, *, estimator: str = "k3") -> Te
         d = log π_ref - log π        k1 = -d        k2 = d²/2        k3 = exp(d) - d - 1
 
     logps, ref_logps: (B, T), nats. Returns (B, T). Raises ValueError for another estimator.
-    k3 (Schulman 2020; GRPO eq. 4) is never negative. What its gradient estimates is another
-    matter: see test_kl_gradients_by_enumeration.
+    k3 (Schulman 2020; GRPO eq. 4) is never negative. The gradients estimate other things than
+    the values do: see README, Which KL?, and test_kl_gradients_by_enumeration.
     """
     d = ref_logps - logps
     if estimator == "k1":
@@ -182,7 +183,7 @@ def grpo_loss(
     token_weights: Tensor | None = None, max_completion_length: int | None = None,
     normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """The GRPO family: one loss, three choices. (A fourth, the scale of A, is in group_advantages.)
+    """The GRPO family: one loss, and its choices. (The scale of A is in group_advantages.)
 
     A: the row's advantage. ε is epsilon, ε₊ epsilon_high (None: ε), δ delta (None: no bound).
     sg(x): x without its gradient. σ: the sigmoid. N: the number of tokens in the mask.
@@ -191,7 +192,7 @@ def grpo_loss(
          token      ρ = exp(logp - old_logp)
          sequence   ρ = exp(the row's mean of (logp - old_logp)), one a row; GSPO
     2. The surrogate is the loss l of one token.
-         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); all but the next six
+         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); every other loss_type
          cispo      l = -sg(min(ρ, ε₊)) A logp
          sapo       l = -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
          vespo      l = -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's token
@@ -228,8 +229,8 @@ def grpo_loss(
     check_choice(importance_sampling_level, ("token", "sequence"), "importance_sampling_level")
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError("epsilon_high: cispo needs its cap on the ratio (ScaleRL uses 5.0)")
-    if loss_type == "dr_grpo" and not max_completion_length:
-        raise ValueError("max_completion_length: dr_grpo divides by it")
+    if AGGREGATION[loss_type] == "constant" and not max_completion_length:
+        raise ValueError(f"max_completion_length: {loss_type} divides by it")
     if beta and ref_logps is None:
         raise ValueError("ref_logps: needed for a KL penalty (beta > 0)")
 
@@ -294,7 +295,7 @@ def grpo_loss(
     if aggregation == "sequence":
         loss = loss / lengths
     elif aggregation == "constant":
-        loss = loss / (max_completion_length or 1)
+        loss = loss / max_completion_length  # type: ignore[operator]
     if normalizer is None:
         normalizer = tokens if aggregation == "token" else B
     means = {k: ((x.detach() * m).sum() / max(tokens, 1)).item() for k, x in stats.items()}
@@ -365,7 +366,7 @@ class GRPOConfig:
     sapo_temperature_pos: float = setting(1.0, "sapo's tau where A > 0.", above=0)
     sapo_temperature_neg: float = setting(1.05, "sapo's tau elsewhere.", above=0)
     opmd_tau: float = setting(1.0, "opmd's weight of the squared log-ratio.", above=0)
-    scale_rewards: str = setting("group", "Which std divides advantages.", choices=SCALES)
+    scale_rewards: str = setting("group", "What divides advantages.", choices=SCALES)
     reward_weights: list[float] | None = setting(None, "One for each reward. None: all 1.")
     multi_objective_aggregation: str = setting(ORDERS[0], "With several rewards.", choices=ORDERS)
     beta: float = setting(0.0, "Weight of the KL penalty towards the reference.", at_least=0)
@@ -488,13 +489,13 @@ class GRPOTrainer:
         tokens, count = map(sum, zip(*counts, strict=True))  # of all processes
         aggregation = AGGREGATION[args.loss_type]
         normalizer = tokens if aggregation == "token" else count
-        # Half precision can't hold a gradient that is divided by a million tokens. It passes the
-        # model times a power of two, which rounds nothing, and is divided by that afterwards.
+        # Half precision would lose gradients of the size 1/tokens. So the loss is multiplied before
+        # the backward pass, by a power of two, which rounds nothing; the gradient is divided after.
         scale = 2.0 ** int(math.log2(max(1, count if aggregation == "row_sum" else tokens)))
         micro_batches = self.micro_batches(rollout, advantages)
 
         for _ in range(args.num_iterations):
-            for parameter in self.params.values():  # zeros, not None: a batch may have no advantage
+            for parameter in self.params.values():  # not None: perhaps no group has an advantage
                 parameter.grad = torch.zeros_like(parameter)
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
@@ -536,7 +537,7 @@ class GRPOTrainer:
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
         ids = ids.to(self.device)  # (P, L)
         before = (self.rank * len(rows) * num_generations, args.max_completion_length)
-        torch.rand(*before, generator=self.generator, dtype=torch.float64)  # are of lower ranks
+        torch.rand(*before, generator=self.generator, dtype=torch.float64)  # skip lower ranks'
         with lora_merged(self.model) if self.merges else contextlib.nullcontext():
             return self.engine.generate(
                 self.model, ids.masked_fill(ids < 0, self.pad_token_id), ids >= 0,
@@ -1160,7 +1161,7 @@ class CausalLM:
         wrapped = hasattr(model, "get_base_model")  # a peft.PeftModel
         self.core: Any = model.get_base_model() if wrapped else model
         check_causal(self.core, getattr(model, "peft_config", {}))
-        # get_decoder is right but for Llama 4, ModernBERT: there the child with the embeddings is
+        # get_decoder is wrong for Llama 4 and ModernBERT: take the child that holds the embeddings
         decoder, embeddings = self.core.get_decoder(), self.core.get_input_embeddings()
         holds = lambda module: any(inner is embeddings for inner in module.modules())
         if decoder is self.core or not holds(decoder):

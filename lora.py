@@ -117,7 +117,7 @@ class LoRALinear(_Switchable):
 
     wrapped = "base_layer"
 
-    def __init__(self, base: nn.Linear | Conv1D, r: int, alpha: float, config: LoRAConfig) -> None:
+    def __init__(self, base: Any, r: int, alpha: float, config: LoRAConfig) -> None:
         super().__init__()
         self.base_layer = base
         self.transposed = isinstance(base, Conv1D)

@@ -53,9 +53,9 @@ def extract_answer(text: str) -> str | None:
     '\\frac{1}{2}'
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
-    tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)[-1:]
-    hashed = [after.partition("\n")[0] for after in text.split("####")[1:][-1:]]
-    found = map(unwrap, [_last_boxed(text), *tagged, *hashed])
+    tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
+    hashed = [after.partition("\n")[0] for after in text.split("####")[1:]]
+    found = map(unwrap, [_last_boxed(text), *tagged[::-1], *hashed[::-1]])
     return next(filter(None, found), None)
 
 
@@ -108,17 +108,20 @@ _REWRITES = [  # notations that do not change the meaning, one after the other
 _COMMAS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])"  # 1,234
 _DECIMAL = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)"  # 12, -12.5, .5, 1e3
 _NUMBER = (  # where it stands alone, or alone between brackets and commas
-    r"(?<![^(\[{},;&\\])([+-]?)(?:([0-9]+)(?: |(?=\\)))?"  # the 1 of 1 1/2
+    r"(?:(?<![^(\[{,;&\\])|(?<=matrix\}))([+-]?)(?:([0-9]+)(?: |(?=\\)))?"  # the 1 of 1 1/2
     rf"(?:\\frac\{{{_DECIMAL}\}}\{{{_DECIMAL}\}}"
     rf"|(?![+-]){_DECIMAL}(?:/(?![+-]){_DECIMAL}|\\(?:times|cdot)10\^\{{(-?[0-9]{{1,3}})\}})?)"
     r"(%?)(?=$|[)\]},;&]|\\[\\}]|\\end)"
 )
 _UNIT = re.compile(  # \text{ cm}^2, or up to three words, if they make no other number of it; $, °
-    r"(?:\\(?:text|mbox|mathrm)\s*\{|\s(?=[A-Za-z]{3}|(?:[ckm]m|[km]g|in|ft|mi|lb)\b))"
-    r"(?![A-Za-z/\s]{0,40}\b(?:hundred|thousand|[a-z]+illion|dozen|percent|cent|hal(?:f|ve)|third|"
-    r"quarter|squared|cubed|factorial|root|sqrt|pi|mod|base|and|or|to|plus|minus|times|over|by|"
-    r"[ap]m)s?\b)\s*[A-Za-z/]+(?:\s+[A-Za-z]+){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
-    r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
+    r"(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)(?=[a-z]{4})"
+    r"|(?=(?:[ckm]m|[km]g|in|ft|mi|lb|hrs?|min|sec|mph|days?|men)\b))"
+    r"(?![a-z/\s]{0,40}\b(?:hundred|thousand|[a-z]+illion|lakh|dozen|percent|cent|hal(?:f|ve)|third|"
+    r"quarter|(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th|squared|cubed|factorial|root|sqrt|"
+    r"one|two|three|four|five|six|seven|eight|nine|ten|pi|mod|base|sin|cos|tan|log|and|or|to|of|out|plus|minus|times|over|by|below|zero|[ap]m)s?\b)"
+    r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
+    r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})",
+    re.IGNORECASE,
 )
 _LONGEST = 1000  # characters; anything longer is compared as it stands, so that time stays linear
 
@@ -129,7 +132,7 @@ def canonical_answer(answer: Any) -> Fraction | str:
     Numbers: 42, -3, 1,234, .5, 3/4, 1 1/2, 50% (= 1/2), 1e3, 2\times10^3, \frac12, 1\frac{1}{2}.
     ASCII digits only. Sets, tuples, intervals and matrices: element by element; sets in any order.
     All else as it stands, but for notations that mean the same. White space counts between two
-    letters or two digits, case in commands alone (\Gamma is not \gamma).
+    letters or two digits, and case in all but words (\Gamma is not \gamma, nor R r).
 
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
@@ -138,17 +141,17 @@ def canonical_answer(answer: Any) -> Fraction | str:
     text = unwrap("".join(filter(visible, str(answer))))
     if len(text) > _LONGEST:
         return text
+    if not re.search(r"[(\[{]", text):  # there a comma separates elements
+        text = re.sub(_COMMAS, lambda match: match[0].replace(",", ""), text)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
-    text = text.rstrip(".,;: \n\t")
-    if not re.search(r"[(\[]|\\\{", text):  # there a comma separates elements
-        text = re.sub(_COMMAS, lambda match: match[0].replace(",", ""), text)
-    text = re.sub(_NUMBER, _value, text)
+    text = re.sub(_NUMBER, _value, text.rstrip(".,;: \n\t"))
     ordered = lambda match: ",".join(sorted(re.split(r",(?![^(]*\))", match[1])))
-    text = re.sub(r"(?<=\\\{)((?:[^{}]|\{[^{}]*\})*)(?=\\\})", ordered, text)
+    flat = r"(?<=\\\{)((?:[^{}[\]\\]|\\[A-Za-z]+|\{[^{}]*\})*)(?=\\\})"  # no sets of sets
+    text = re.sub(flat, ordered, text)
     text = re.sub(r"^[({]([^(){}[\],]*)[)}]$", r"\1", text)  # (B) is B
-    fold = lambda word: word[0] if word[0][0] == "\\" else word[0].casefold()
-    text = re.sub(r"\\?[^\W_]+", fold, text)
+    # case means nothing in words and in a choice, B, but in a command and in a variable
+    text = re.sub(r"(?<!\\)\b[^\W\d_]{2,}|^\w$", lambda word: word[0].casefold(), text)
     return Fraction(text) if re.fullmatch("-?[0-9]+(?:/[1-9][0-9]*)?", text) else text
 
 
@@ -174,10 +177,10 @@ def answers_match(answer: Any, gold: Any) -> bool:
     """
     if answer is None or gold is None:
         return False
-    texts = [unwrap(str(x)) for x in (answer, gold)]
-    values = [re.sub(r"^\\?[A-Za-z]+\s*=(?=[^=]+$)", "", text) for text in texts]
-    if len(values[0]) < len(texts[0]) and len(values[1]) < len(texts[1]):
-        values = texts
+    named = [re.match(r"(\\?[A-Za-z]+)\s*=(?=[^=]+$)|", unwrap(str(x))) for x in (answer, gold)]
+    if named[0][1] and named[1][1] and named[0][1] != named[1][1]:  # type: ignore[index]
+        return False
+    values = [match.string[match.end() :] for match in named if match]
     if max(map(len, values)) <= _LONGEST:
         numbers = [canonical_answer(_UNIT.sub("", value)) for value in values]
         if isinstance(numbers[0], Fraction) and numbers[0] == numbers[1]:
@@ -301,12 +304,9 @@ def repetition_penalty_reward(
     prompts, completions, ngram_size=3, max_penalty=-1.0, **columns
 ) -> Rewards:
     """max_penalty · (1 - distinct n-grams / n-grams), over lower-case words; 0 if none."""
-    scores: Rewards = []
-    for completion in completions:
-        words = completion_text(completion).lower().split()
-        ngrams = list(zip(*(words[i:] for i in range(ngram_size)), strict=False))
-        scores.append(max_penalty * (1 - len(set(ngrams)) / len(ngrams)) if ngrams else 0.0)
-    return scores
+    words = [completion_text(completion).lower().split() for completion in completions]
+    ngrams = [list(zip(*(w[i:] for i in range(ngram_size)), strict=False)) for w in words]
+    return [max_penalty * (1 - len(set(n)) / len(n)) if n else 0.0 for n in ngrams]
 
 
 def soft_overlong_penalty(
@@ -317,11 +317,8 @@ def soft_overlong_penalty(
     max_completion_len (None: the run's, or 16384), C soft_punish_cache (None: a quarter of L)."""
     limit: Any = max_completion_len or getattr(trainer_state, "max_completion_length", 16384)
     cache = max(1, limit // 4) if soft_punish_cache is None else soft_punish_cache
-    scores: Rewards = []
-    for length in _lengths(completions, completion_ids):
-        over = length - (limit - cache)
-        scores.append(0.0 if over <= 0 else -1.0 if over >= cache else -over / cache)
-    return scores
+    over = [length - (limit - cache) for length in _lengths(completions, completion_ids)]
+    return [0.0 if n <= 0 else -1.0 if n >= cache else -n / cache for n in over]
 
 
 REWARDS: dict[str, Callable[..., Any]] = {
@@ -372,8 +369,8 @@ def call_rewards(
     columns["completions"] = [t if isinstance(prompt, str) else chat(t) for prompt, t in pairs]
     columns["completion_ids"] = ids
     given["log_extra"] = extra.__setitem__
-    each = [copy.deepcopy(columns) | given for _ in functions]  # one may change what it gets
-    scores = [call_reward(f, len(rows), own) for f, own in zip(functions, each, strict=True)]
+    # each gets lists of its own, as it may change what it gets
+    scores = [call_reward(f, len(rows), copy.deepcopy(columns) | given) for f in functions]
     for name, values in extra.items():
         if len(values) != len(rows):
             counts = f"{len(values)} values for {len(rows)} completions"

@@ -1251,7 +1251,13 @@ def test_decimals_percent_separators_and_exponents_are_exact(n, places):
         (r"\pi r", r"\pir", False), ("1/2x", r"\frac12x", False), ("1..5", "1.5", False),
         ("1 02/3", "5/3", False), (r"1\frac{-1}{2}", "0.5", False), ("10^12", "10^{12}", False),
         (r"2\cdot3", "6", False), ("1/2/3", "1/6", False), (r"\sqrt[3]{2}", r"\sqrt{2}", False),
+        ("x^2+5", "x^25", False), (r"\sqrt{2}+1", r"\sqrt21", False), ("R-r", "r-R", False),
+        ("12, 144", "12144", False), ("{1, 234}", "1234", False),
+        (r"\{\{1,2\},\{3,4\}\}", r"\{\{1,4\},\{3,2\}\}", False),
+        (r"\{[1,2],[3,4]\}", r"\{[1,4],[3,2]\}", False),
         # one answer, written twice
+        ("x = 0.5", "x=1/2", True), ("x = 5 cm", "x = 5", True), ("AB", "ab", True),
+        (r"\begin{pmatrix}+1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
         ("3", "x = 3", True), (r"\theta=30", "30", True), (r"\frac1{72}", r"\frac{1}{72}", True),
         (r"\frac{3}4", "0.75", True), (r"\frac{1}{-2}", "-0.5", True),
         (r"\sqrt2", r"\sqrt{2}", True),
@@ -1267,6 +1273,9 @@ def test_decimals_percent_separators_and_exponents_are_exact(n, places):
         ("10^{3}", "1000", True), (r"2\times 10^3", "2000", True), (r"2\cdot10^{-2}", "0.02", True),
         ("-10^{3}", "-1000", True), (r"2 \pi", r"2\pi", True), (r"x \leq 3", r"x\le3", True),
         # a unit on one side
+        ("5 Million", "5", False), ("7 tenths", "7", False), ("1 in six", "1", False),
+        ("3 sin x", "3", False), ("2 abc", "2", False), (r"5\mathrm{i}", "5", False),
+        ("5cm", "5", True), (r"5\ \text{cm}", "5", True), ("5 miles per hour", "5", True),
         (r"10\text{ cm}", "10", True), (r"10\text{ cm}", r"10\text{ m}", False),
         (r"10\text{ cm}", "10 cm", True), (r"15\mbox{ cm}^2", r"15\text{ cm}^{2}", True),
         (r"15\text{ cm}^2", r"15\text{ cm}^3", False), (r"5\mbox{ units}", "5", True),
@@ -1312,6 +1321,7 @@ def test_a_missing_answer_equals_nothing_not_even_another():
         ("#### 72, altogether", "72, altogether"),
         (r"<answer>\(18\)</answer>", "18"), (r"<think>try \boxed{5}, no wait", None),
         (r"<think>\boxed{5}</think> so 6", None), (r"\boxed{5} <think> or \boxed{6}", "5"),
+        ("#### 42 ####", "42"), ("<answer>5</answer><answer></answer>", "5"),
     ],
 )  # fmt: skip
 def test_extract_answer_examples(text, answer):
