@@ -671,7 +671,7 @@ def check_grpo_loss(function: Callable[..., Any], declares: Any = None) -> list[
             f"raised {type(error).__name__}: {error}",
         )
 
-    logps, old, A, mask, ref = random_batch(0)
+    logps, old, A, mask, _ = random_batch(0)
     equation = "∂L/∂logp = -w A with w > 0, the same in a row"
     with out.universal("at ratio 1 the gradient is along -A ∇logp", equation, (6, 7)) as wrong:
         for seed in range(3):
