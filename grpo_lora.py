@@ -19,7 +19,6 @@ Left out, and refused: vLLM and other servers, tools, multi-turn, images, the en
 router losses, learned reward models. (TRL and verl have them.)
 """
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -31,7 +30,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -477,21 +476,23 @@ class GRPOTrainer:
 
     def update(self, rows: Rows) -> dict[str, Any]:
         """GRPO, in full: one batch of prompts, and the optimiser updates made with it. (`params`
-        require gradients, `scale` and `objective` are settings, a MicroBatch is whole groups.)"""
+        require gradients, `objective` has settings of the loss, a MicroBatch is whole groups.)"""
         args, parts = self.args, []
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
         rewards, samples = self.score(rows, rollout)  # (P, G, K), of all processes
-        advantages = multi_objective_advantages(rewards, self.reward_weights, **self.scale)
+        advantages = multi_objective_advantages(
+            rewards, self.reward_weights, scale=args.scale_rewards,
+            aggregation=args.multi_objective_aggregation,
+        )  # fmt: skip
         if args.mask_truncated_completions:
             rollout.completion_mask &= self.ended(rollout).unsqueeze(1)
         mask = rollout.completion_mask  # (B, T)
-        counts = gather((int(mask.sum()), len(mask)))
-        tokens, count = map(sum, zip(*counts, strict=True))  # of all processes
+        tokens, count = (sum(gather(n)) for n in (int(mask.sum()), len(mask)))  # everywhere
         aggregation = AGGREGATION[args.loss_type]
         normalizer = tokens if aggregation == "token" else count
         # Half precision would lose gradients of the size 1/tokens. So the loss is multiplied before
         # the backward pass, by a power of two, which rounds nothing; the gradient is divided after.
-        scale = 2.0 ** int(math.log2(max(1, count if aggregation == "row_sum" else tokens)))
+        loss_scale = 2.0 ** int(math.log2(max(1, count if aggregation == "row_sum" else tokens)))
         micro_batches = self.micro_batches(rollout, advantages)
 
         for _ in range(args.num_iterations):
@@ -511,13 +512,13 @@ class GRPOTrainer:
                     token_weights=self.token_weights(batch, logps.detach(), old_logps),
                     normalizer=normalizer, **self.objective,
                 )  # fmt: skip
-                (loss * scale).backward()
+                (loss * loss_scale).backward()
                 total += loss.item()
                 stats |= diagnostics(batch.rollout, old_logps, entropies)
                 parts.append((int(batch.rollout.completion_mask.sum()), stats))
             if not rollout.logps.isfinite().all():
                 total = math.nan  # a broken policy shows here, also where no group needs a forward
-            total, grad_norm = self.reduce_and_clip(total, scale)
+            total, grad_norm = self.reduce_and_clip(total, loss_scale)
             finite = math.isfinite(total) and math.isfinite(grad_norm)
             if finite:
                 self.optimizer.step()
@@ -538,7 +539,7 @@ class GRPOTrainer:
         ids = ids.to(self.device)  # (P, L)
         before = (self.rank * len(rows) * num_generations, args.max_completion_length)
         torch.rand(*before, generator=self.generator, dtype=torch.float64)  # skip lower ranks'
-        with lora_merged(self.model) if self.merges else contextlib.nullcontext():
+        with lora_merged(self.model) if self.merges else nullcontext():
             return self.engine.generate(
                 self.model, ids.masked_fill(ids < 0, self.pad_token_id), ids >= 0,
                 num_generations=num_generations, max_completion_length=args.max_completion_length,
@@ -830,10 +831,6 @@ class GRPOTrainer:
         self.scheduler = get_scheduler(*schedule)
         options = inspect.signature(grpo_loss).parameters
         self.objective = {name: getattr(args, name) for name in options if hasattr(args, name)}
-        self.scale: Any = {
-            "aggregation": args.multi_objective_aggregation,
-            "scale": args.scale_rewards,
-        }
         self.sharded = hasattr(lm.decoder, "unshard")  # FSDP2
         bases = [m.base_layer.weight.dtype for m in model.modules() if isinstance(m, LoRALinear)]
         exact = {*bases} <= {torch.float32, torch.float64}  # in half precision merging rounds
@@ -1266,19 +1263,18 @@ class _DecoderOutput(tuple):
 
 def check_causal(core: Any, peft_config: dict[str, Any]) -> None:
     """Raises ValueError for a model whose tokens see later ones, or that acts outside its core."""
-    config, text_config = core.config, core.config.get_text_config()
-    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    encoder = encoder and getattr(config, "is_decoder", True) is False
-    both_ways = getattr(text_config, "use_bidirectional_attention", False) in (True, "all")
-    problems = {
-        "is an encoder, whose tokens see later ones": encoder,
-        "is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
-        "attends to later tokens": both_ways,
-    }
+    config, problem = core.config, ""
+    masked_lm = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if masked_lm and getattr(config, "is_decoder", True) is False:
+        problem = "is an encoder, whose tokens see later ones"
+    if getattr(config, "is_encoder_decoder", False):
+        problem = "is an encoder-decoder"
+    if getattr(config.get_text_config(), "use_bidirectional_attention", False) in (True, "all"):
+        problem = "attends to later tokens"
+    if problem:
+        raise ValueError(f"{type(core).__name__} {problem}; a causal decoder is needed")
     for name in (n for n, adapter in peft_config.items() if adapter.is_prompt_learning):
         raise ValueError(f"peft adapter {name!r} adds virtual tokens outside the inner model")
-    for problem in (name for name, holds in problems.items() if holds):
-        raise ValueError(f"{type(core).__name__} {problem}; a causal decoder is needed")
 
 
 # ------------------------------------------------------------------------------------------- data

@@ -1461,7 +1461,7 @@ def test_half_precision_keeps_a_gradient_that_is_divided_by_a_million_tokens(
         rollout = t.sample(t.batch(0), 4)
         t.sample = lambda *args: rollout
         t.seed("update", 0)
-        whole = lambda value: [value] * (processes if isinstance(value, tuple) else 1)
+        whole = lambda value: [value] * (processes if isinstance(value, int) else 1)
         monkeypatch.setattr(grpo_lora, "gather", whole)
         t.update(t.batch(0))
         return torch.cat([p.grad.flatten() for p in t.params.values()])

@@ -1,0 +1,354 @@
+"""The kit bites, and does not cry wolf."""
+
+import ast
+import json
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import grpo_lora
+import lora
+from checks import conformance
+from checks.conformance import FAIL, PASS, check_adapter, loss_as, random_batch, require
+from checks.gallery import GALLERY, HERE, source_patched
+from grpo_lora import AGGREGATION, VARIANTS, GRPOConfig, grpo_loss
+
+OURS = {"scale": "group", "eps": 1e-4, "ddof": 1, "loss_type": "dapo", "kl_estimator": "k3"}
+OURS |= {"use_bias_correction_kl": True, "epsilon": 0.2}
+
+
+def our_adapter(g=grpo_lora, own_lora=lora, declares=OURS):
+    """An adapter around this project's own functions."""
+
+    def lora_linear(base, r, alpha):
+        model = nn.Sequential(base)
+        own_lora.apply_lora(model, own_lora.LoRAConfig(r=r, lora_alpha=alpha))
+        return model[0]
+
+    names = ("group_advantages", "completion_mask", "kl_penalty", "grpo_loss")
+    functions = {name: getattr(g, name) for name in names}
+    return SimpleNamespace(DECLARES=declares, lora_linear=lora_linear, **functions)
+
+
+def failed(adapter) -> list[str]:
+    return [f"{s.about}: {s.what}" for s in check_adapter(adapter) if s.status == FAIL]
+
+
+@pytest.mark.parametrize("declares", [OURS, {}])
+def test_our_own_functions_pass_and_are_recognised(declares):
+    found = check_adapter(our_adapter(declares=declares))
+    assert {s.status for s in found if s.kind != "robustness"} == {PASS}
+    words = [line for s in found if s.kind == "definition" for line in s.details]
+    assert any("scale group, eps 0.0001, ddof 1" in line for line in words)
+    assert any(line.endswith(": dapo") for line in words) and "this is k3, times ρ" in words
+
+
+FUNCTIONS = {
+    "grpo_lora.py": ("group_advantages", "_nanstd", "completion_mask", "kl_penalty", "grpo_loss"),
+    "lora.py": ("LoRALinear", "apply_lora", "make_adapters", "_insert"),
+}
+ELSEWHERE = {  # patches in these functions of what an adapter cannot show
+    "reentrant", "DoRA", "merge", "dropout", "bound to no module", "alpha/sqrt(r)", "PiSSA",
+    "tied embedding", "not restored", "disable re-enables",
+}  # fmt: skip
+
+
+def lies_within(bug) -> bool:
+    source = (HERE / bug.file).read_text()
+    at = source[: source.index(bug.right)].count("\n") + 1
+    tree = ast.parse(source)
+    nodes = [n for n in tree.body if getattr(n, "name", "") in FUNCTIONS[bug.file]]
+    return any(n.lineno <= at <= n.end_lineno for n in nodes)
+
+
+KNOWN = [
+    bug for bug in GALLERY
+    if bug.file in FUNCTIONS and lies_within(bug) and not any(w in bug.what for w in ELSEWHERE)
+]  # fmt: skip
+
+
+def test_many_bugs_of_the_gallery_live_in_these_functions():
+    assert len(KNOWN) >= 12, [bug.what for bug in KNOWN]
+
+
+@pytest.mark.parametrize("bug", KNOWN, ids=[f"{b.number}-{b.what[:40]}" for b in KNOWN])
+def test_a_bug_of_the_gallery_is_caught(bug):
+    with source_patched(bug.file, bug.right, bug.wrong):
+        import grpo_lora as patched
+        import lora as patched_lora
+
+        adapter = our_adapter(patched, patched_lora)
+        found = conformance.check_adapter(adapter)
+    bad = [
+        s
+        for s in found
+        if s.status == FAIL or (s.status == "warning" and "94 nats apart" not in s.what)
+    ]
+    assert bad, bug.what
+
+
+# ------------------------------------------------------------------- right, and written differently
+
+
+def as_adapter(**settings):
+    def loss(logps, old_logps, advantages, mask, ref_logps=None, beta=0.0):
+        options = {"max_completion_length": mask.shape[1], "beta": beta, "ref_logps": ref_logps}
+        return grpo_loss(logps, old_logps, advantages, mask, **options | settings)[0]
+
+    return SimpleNamespace(grpo_loss=loss)
+
+
+OBJECTIVE = (
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "opmd_tau",
+)
+
+
+@pytest.mark.parametrize("loss_type", sorted(set(AGGREGATION) - {"bnpo"}))
+@pytest.mark.parametrize("declared", [False, True])
+def test_every_loss_type_is_recognised(loss_type, declared):
+    settings = {"loss_type": loss_type} | ({"epsilon_high": 5.0} if loss_type == "cispo" else {})
+    adapter = as_adapter(**settings)
+    adapter.DECLARES = {"loss_type": loss_type} if declared else {}
+    found = check_adapter(adapter)
+    assert not [s for s in found if s.status == FAIL], failed(adapter)
+    (definition,) = [s for s in found if s.what == "the definition"]
+    assert definition.details[0].endswith(f": {loss_type}")
+
+
+@pytest.mark.parametrize("name", ["gspo", "dapo", "grpo"])
+def test_a_papers_settings_are_recognised(name):
+    config = GRPOConfig(**VARIANTS[name].settings)
+    adapter = as_adapter(**{key: getattr(config, key) for key in OBJECTIVE})
+    assert not failed(adapter)
+    adapter.DECLARES = {"loss_type": "dr_grpo"}
+    assert any("the definition" in line for line in failed(adapter))
+
+
+def numpy_advantages(rewards):
+    R = numpy.asarray(rewards, dtype="float64")
+    spread = R.max(1, keepdims=True) - R.min(1, keepdims=True)
+    A = (R - R.mean(1, keepdims=True)) / (R.std(1, keepdims=True) + 1e-8)
+    return numpy.where(spread > 0, A, 0)
+
+
+def float32_loss(logps, old_logps, advantages, mask, ref_logps=None, beta=0.0):
+    logps, old, A = logps.float(), old_logps.float(), advantages.float()
+    total = logps.new_zeros(())
+    for i in range(len(logps)):
+        row = logps.new_zeros(())
+        for t in range(logps.shape[1]):
+            if mask[i, t]:
+                rho = torch.exp(logps[i, t] - old[i, t])
+                bound = torch.clamp(rho, 0.8, 1.28)
+                row = row - torch.minimum(rho * A[i], bound * A[i])
+                if beta:
+                    d = ref_logps[i, t].float() - logps[i, t]
+                    row = row + beta * (torch.exp(d) - 1 - d)
+        total = total + row / max(1, int(mask[i].sum()))
+    return total / len(logps)
+
+
+def numpy_loss(logps, old_logps, advantages, mask, ref_logps=None, beta=0.0):
+    x, old, m = (numpy.asarray(v, dtype="float64") for v in (logps, old_logps, mask))
+    A = numpy.asarray(advantages, dtype="float64")[:, None]
+    rho = numpy.exp(numpy.where(m > 0, x - old, 0))
+    loss = -numpy.minimum(rho * A, numpy.clip(rho, 0.8, 1.2) * A)
+    return float((loss * m).sum() / max(m.sum(), 1))
+
+
+def int_mask(completion_ids, eos_token_ids):
+    rows = []
+    for row in completion_ids.tolist():
+        end = min((row.index(e) for e in eos_token_ids if e in row), default=len(row))
+        rows.append([1 if i <= end else 0 for i in range(len(row))])
+    return rows
+
+
+def abs_safe_k1(logps, ref_logps):
+    return numpy.asarray(logps) - numpy.asarray(ref_logps)
+
+
+class Adapted(nn.Module):
+    """LoRA with its matrices the other way round, and A zero in place of B."""
+
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Parameter(torch.zeros(base.in_features, r))
+        self.up = nn.Parameter(torch.randn(r, base.out_features))
+        self.s = alpha / r
+
+    def forward(self, x):
+        return self.base(x) + self.s * (x @ self.down) @ self.up
+
+
+def test_right_implementations_of_other_definitions_do_not_fail():
+    one = SimpleNamespace(
+        group_advantages=numpy_advantages, grpo_loss=float32_loss, completion_mask=int_mask,
+        kl_penalty=abs_safe_k1, lora_linear=Adapted,
+    )  # fmt: skip
+    assert not failed(one)
+    said = [line for s in check_adapter(one) for line in s.details]
+    assert any("eps 1e-08, ddof 0" in line for line in said)
+    assert any("epsilon 0.2, epsilon_high 0.28: grpo" in line for line in said)
+    assert "this is k3, not times ρ" in said and "this is k1" in said
+    one.DECLARES = {"eps": 1e-8, "ddof": 0, "loss_type": "grpo", "epsilon_high": 0.28}
+    one.DECLARES |= {"kl_estimator": "k3", "use_bias_correction_kl": False}
+    one.kl_penalty = grpo_lora.kl_penalty
+    assert not failed(one)
+    two = SimpleNamespace(grpo_loss=numpy_loss, DECLARES={"loss_type": "dapo"})
+    assert not failed(two)
+
+
+# -------------------------------------------------------------------- wrong, and none of the gallery
+
+
+def wrong_sign(logps, old_logps, advantages, mask, **kl):
+    return -grpo_loss(logps, old_logps, advantages, mask, **kl)[0]
+
+
+def max_for_min(logps, old_logps, advantages, mask, **kl):
+    rho, A = (logps - old_logps).exp(), advantages.unsqueeze(1)
+    return (-torch.max(rho * A, rho.clamp(0.8, 1.2) * A) * mask).sum() / mask.sum()
+
+
+def clamp_alone(logps, old_logps, advantages, mask, **kl):
+    rho = (logps - old_logps).exp().clamp(0.8, 1.2)
+    return (-rho * advantages.unsqueeze(1) * mask).sum() / mask.sum()
+
+
+def no_mask(logps, old_logps, advantages, mask, **kl):
+    rho, A = (logps - old_logps).exp(), advantages.unsqueeze(1)
+    return -torch.min(rho * A, rho.clamp(0.8, 1.2) * A).mean()
+
+
+def swapped_kl(logps, old_logps, advantages, mask, ref_logps=None, beta=0.0):
+    loss = grpo_loss(logps, old_logps, advantages, mask)[0]
+    if beta:
+        d = logps - ref_logps
+        loss = loss + beta * ((d.exp() - 1 - d) * mask).sum() / mask.sum()
+    return loss
+
+
+def detached(logps, old_logps, advantages, mask, **kl):
+    return grpo_loss(logps.detach(), old_logps, advantages, mask)[0] + 0 * logps.sum()
+
+
+@pytest.mark.parametrize(
+    "function", [wrong_sign, max_for_min, clamp_alone, no_mask, swapped_kl, detached]
+)
+def test_a_wrong_loss_fails_whatever_is_declared(function):
+    for declares in ({}, {"loss_type": "dapo"}):
+        assert failed(SimpleNamespace(grpo_loss=function, DECLARES=declares))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"group_advantages": lambda R: R},
+        {"group_advantages": lambda R: (R - R.mean()) / (R.std() + 1e-4)},
+        {"group_advantages": lambda R: (R - R.mean(1, True)) / R.std(1, keepdim=True)},
+        {"group_advantages": lambda R: -(R - R.mean(1, True)) / (R.std(1, keepdim=True) + 1e-4)},
+        {"group_advantages": lambda R: (R - R.mean(0)) / (R.std(0) + 1e-4)},
+        {"completion_mask": lambda ids, eos: ids != eos[0]},
+        {"completion_mask": lambda ids, eos: (ids == eos[0]).cumsum(1) == 0},
+        {
+            "completion_mask": lambda ids, eos: (
+                ((ids == eos[0]).cumsum(1) - (ids == eos[0]).int()) == 0
+            )
+        },
+        {"kl_penalty": lambda p, q: (p - q).exp() - (p - q) - 1},
+        {"kl_penalty": lambda p, q: q - p},
+        {"kl_penalty": lambda p, q: (q - p).exp() - (q - p)},
+        {"lora_linear": lambda base, r, alpha: base},
+        {"lora_linear": lambda base, r, alpha: Adapted(base, r, alpha * r)},
+        {"lora_linear": lambda base, r, alpha: Adapted(base, r, alpha).requires_grad_(True)},
+    ],
+)
+def test_a_wrong_function_fails(wrong):
+    assert failed(SimpleNamespace(DECLARES={}, **wrong))
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+ADAPTER = f"""
+sys.path.insert(0, {str(HERE)!r})
+from grpo_lora import group_advantages, kl_penalty
+DECLARES = {{"eps": 1e-4}}
+"""
+
+
+def test_the_command_prints_a_line_each_and_its_status_tells(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(ADAPTER)
+    assert conformance.main([str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "this is scale group, eps 0.0001, ddof 1" in said and "not defined" in said
+    assert conformance.main([str(path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {"about", "kind", "what", "status", "details", "gallery"} == rows[0].keys()
+    path.write_text(ADAPTER.replace("1e-4", "1e-6"))
+    assert conformance.main([str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL" in said and "declared eps = 1e-06" in said
+    path.write_text("def completion_mask(ids, eos):\n    return ids == ids\n")
+    assert conformance.main([str(path)]) == 1
+    said = capsys.readouterr().out
+    for words in (
+        "input: completion_ids = [[2, 2]]",
+        "got:   [[1, 1]]",
+        "right: [[1, 0]]",
+        "GALLERY",
+    ):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file"), ("x = 1", "defines none of group_advantages"),
+        ("import no_such_module", "ModuleNotFoundError"), ("1 +", "SyntaxError"),
+        (ADAPTER + "DECLARES = {'epz': 1}", "'epz' is unknown"),
+        (ADAPTER + "DECLARES = {'loss_type': 'ppo'}", "loss_type 'ppo' is none of"),
+        (ADAPTER + "DECLARES = 3", "DECLARES is a int"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_cannot_be_loaded_gets_one_line_and_status_2(text, words, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    assert conformance.main([str(path)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and said.startswith("error: ")
+
+
+def test_from_pytest():
+    require(conformance.check_advantages(grpo_lora.group_advantages, {"eps": 1e-4}))
+    with pytest.raises(AssertionError, match="their mean in each group is 0"):
+        require(conformance.check_advantages(lambda rewards: rewards))
+
+
+@pytest.mark.parametrize("loss_type", AGGREGATION)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_the_kits_own_loss_is_that_of_grpo_lora(loss_type, level, beta):
+    for seed in range(3):
+        logps, old, A, mask, ref = random_batch(seed, spread=0.6)
+        mask[2] = False
+        surrogate, aggregation = conformance.TYPES[loss_type]
+        d = {**conformance.LOSS, "surrogate": surrogate, "aggregation": aggregation, "level": level}
+        high = 2.0 if loss_type == "cispo" else 0.3
+        d |= {"epsilon_high": high, "divisor": 4, "delta": 1.5 if surrogate == "clip" else None}
+        options = {"loss_type": loss_type, "importance_sampling_level": level, "delta": d["delta"]}
+        options |= {"epsilon_high": high, "max_completion_length": 4, "beta": beta}
+        ours, _ = grpo_loss(logps, old, A, mask, ref_logps=ref, **options)
+        torch.testing.assert_close(loss_as(logps, old, A, mask, ref, beta, d), ours)
