@@ -182,7 +182,7 @@ def definitions_of_advantages() -> Iterator[dict[str, Any]]:
 def check_advantages(function: Callable[..., Any], declares: Any = None) -> list[Statement]:
     """What holds of advantages, and which definition they follow."""
     declares = dict(declares or {})
-    check_declared(declares, ADVANTAGES | {"group_of_one": 0.0})
+    check_declared(declares, ADVANTAGES | {"missing": "left_out"})
     out = Findings("group_advantages")
     A = lambda rewards: tensor(function(rewards.clone()))
     g = torch.Generator().manual_seed(0)
@@ -279,11 +279,21 @@ def check_advantages(function: Callable[..., Any], declares: Any = None) -> list
         return None if a.isfinite().all() else f"a group of one: {show(a)}"
 
     def missing() -> str | None:
-        a = A(torch.tensor([[1.0, math.nan, 0.0, 1.0]], dtype=torch.float64))
-        return None if a.isfinite().all() else f"a reward that is NaN: advantages {show(a)}"
+        rest = torch.tensor([[1.0, 0.0, 1.0], [2.0, 0.0, 1.0]], dtype=torch.float64)
+        hole = torch.full((2, 1), math.nan, dtype=torch.float64)
+        a, whole = A(torch.cat([rest[:, :1], hole, rest[:, 1:]], dim=1)), A(rest)
+        right = torch.cat([whole[:, :1], torch.zeros(2, 1), whole[:, 1:]], dim=1)
+        words = f"[1, NaN, 0, 1] gives {show(a[0])}; left out it would be {show(right[0])}"
+        return None if near(a, right) else words
 
+    if "missing" in declares:
+        words = missing()
+        out.add(
+            "definition", "a missing reward (NaN)", FAIL if words else PASS, words or "left out"
+        )
+    else:
+        out.warn("a missing reward (NaN) leaves the others whole", missing)
     out.warn("a group of one completion", one)
-    out.warn("a missing reward (NaN) leaves the others whole", missing)
     return out.all
 
 
@@ -591,6 +601,24 @@ def words_for(d: dict[str, Any]) -> str:
     return ", ".join(parts) + (f": {names[0]}" if names else "")
 
 
+def aggregations_at_ratio_one(
+    loss: Loss, batches: list[tuple[Tensor, ...]]
+) -> set[tuple[str, str]]:
+    """The aggregations, and ways to count empty rows, that the slopes at ratio 1 allow."""
+    allowed = set()
+    mine = [loss.slope(logps, logps, A, mask) for logps, _, A, mask, _ in batches]
+    for aggregation, empty in itertools.product(AGGREGATIONS, ("counted", "dropped")):
+        d = {**LOSS, "surrogate": "none", "aggregation": aggregation, "empty_rows": empty}
+        right = []
+        for logps, _, A, mask, _ in batches:
+            x = logps.clone().requires_grad_()
+            value = loss_as(x, logps, A, mask, None, 0.0, d | {"divisor": logps.shape[1]})
+            right.append(torch.autograd.grad(value, x)[0])
+        if all(near(a, b, 0.02) for a, b in zip(mine, right, strict=True)):
+            allowed.add((aggregation, empty))
+    return allowed
+
+
 def nearest_definition(loss: Loss, declares: dict[str, Any]) -> tuple[dict[str, Any] | None, float]:
     """The definition whose values and slopes are nearest on random batches, and how near."""
     batches = [random_batch(seed, spread) for seed, spread in ((1, 0.05), (2, 0.6), (3, 2.0))]
@@ -600,7 +628,11 @@ def nearest_definition(loss: Loss, declares: dict[str, Any]) -> tuple[dict[str, 
     mine = [(loss.value(*b[:4]), loss.slope(*b[:4])) for b in batches]
     bounds = find_bounds(loss)
     best, least = None, math.inf
-    for d in definitions_of_loss(bounds, declares, batches[0][0].shape[1]):
+    every = list(definitions_of_loss(bounds, declares, batches[0][0].shape[1]))
+    # at ratio 1 all surrogates have one slope, so that the aggregation shows alone
+    kinds = aggregations_at_ratio_one(loss, [batches[0], batches[3]])
+    some = [d for d in every if (d["aggregation"], d["empty_rows"]) in kinds]
+    for d in some or every:
         far = 0.0
         for (value, slope), (logps, old, A, mask, _) in zip(mine, batches, strict=True):
             own = lambda x, rest=(old, A, mask): loss_as(x, *rest, None, 0.0, d)  # noqa: B023
@@ -774,6 +806,14 @@ def check_grpo_loss(function: Callable[..., Any], declares: Any = None) -> list[
         value = loss.value(logps, old, A, torch.zeros_like(mask))
         return None if value == 0 else f"all rows empty: loss {value:g}"
 
+    def empty_row() -> str | None:
+        logps, old, A, mask, _ = random_batch(9)
+        mask[2] = False
+        value, slope = loss.value(logps, old, A, mask), loss.slope(logps, old, A, mask)
+        fine = math.isfinite(value) and bool(slope.isfinite().all())
+        return None if fine else f"one row empty: loss {value:g}"
+
+    out.warn("a row without any token", empty_row)
     out.warn("NaN in the padding does no harm", padding_of_nan)
     out.warn("94 nats between the policies, in float32", far_apart)
     out.warn("a batch without any token", empty)
@@ -867,7 +907,7 @@ def check_kl_in_loss(
 def check_lora(function: Callable[..., Any], declares: Any = None) -> list[Statement]:
     """y = base(x) + s B A x, with B A = 0 at first and gradients for A and B alone."""
     declares = dict(declares or {})
-    check_declared(declares, {"use_rslora": False})
+    check_declared(declares, {"use_rslora": False, "init": "kaiming"})
     out = Findings("lora_linear")
     r, alpha, sizes = 3, 6.0, (7, 5)
 
@@ -912,6 +952,25 @@ def check_lora(function: Callable[..., Any], declares: Any = None) -> list[State
         torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1).step()
         if not torch.equal(base.weight, weight):
             wrong({"x": x[0, 0]}, "an optimiser step changed the base weight", "it stays")
+    try:
+        torch.manual_seed(0)
+        wide = function(nn.Linear(300, 40), 8, alpha)
+        spread = max(float(p.std()) for p in wide.parameters() if p.requires_grad)
+        known = {"kaiming": 1 / math.sqrt(3 * 300), "gaussian": 1 / 8}
+        name = next((n for n, x in known.items() if abs(spread - x) < 0.06 * x), None)
+        line = (
+            f"this is {name}"
+            if name
+            else f"its standard deviation is {spread:.3g} for r = 8, in = 300"
+        )
+        line += "" if name else "; U(±1/√in) has 0.0333, N(0, 1/r²) 0.125"
+        said = declares.get("init")
+        status = (
+            (PASS if name == said else FAIL) if said else (PASS if name == "kaiming" else DIFFERS)
+        )
+        out.add("definition", "how A starts", status, line, gallery=(19,))
+    except Exception as error:
+        out.add("definition", "how A starts", DIFFERS, f"raised {error}")
     scales = {"alpha / r": alpha / r, "alpha / sqrt(r)": alpha / math.sqrt(r)}
     wanted = "alpha / sqrt(r)" if declares.get("use_rslora") else "alpha / r"
     with out.universal(
@@ -954,11 +1013,11 @@ CHECKS: dict[str, Callable[..., list[Statement]]] = {
     "lora_linear": check_lora,
 }
 KEYS = {  # what DECLARES may say, and of which functions
-    "group_advantages": {*ADVANTAGES, "group_of_one"},
+    "group_advantages": {*ADVANTAGES, "missing"},
     "completion_mask": set(),
     "kl_penalty": {"kl_estimator", "kl_clamp"},
     "grpo_loss": {*LOSS},
-    "lora_linear": {"use_rslora"},
+    "lora_linear": {"use_rslora", "init"},
 }
 
 

@@ -17,7 +17,7 @@ from checks.gallery import GALLERY, HERE, source_patched
 from grpo_lora import AGGREGATION, VARIANTS, GRPOConfig, grpo_loss
 
 OURS = {"scale": "group", "eps": 1e-4, "ddof": 1, "loss_type": "dapo", "kl_estimator": "k3"}
-OURS |= {"use_bias_correction_kl": True, "epsilon": 0.2}
+OURS |= {"use_bias_correction_kl": True, "epsilon": 0.2, "missing": "left_out", "init": "kaiming"}
 
 
 def our_adapter(g=grpo_lora, own_lora=lora, declares=OURS):
@@ -52,7 +52,7 @@ FUNCTIONS = {
 }
 ELSEWHERE = {  # patches in these functions of what an adapter cannot show
     "reentrant", "DoRA", "merge", "dropout", "bound to no module", "alpha/sqrt(r)", "PiSSA",
-    "tied embedding", "not restored", "disable re-enables",
+    "tied embedding", "not restored", "disable re-enables", "a mask that is not its own",
 }  # fmt: skip
 
 
@@ -82,6 +82,8 @@ def test_a_bug_of_the_gallery_is_caught(bug):
 
         adapter = our_adapter(patched, patched_lora)
         found = conformance.check_adapter(adapter)
+        by_rows = lambda *args, **kl: patched.grpo_loss(*args, loss_type="grpo", **kl)
+        found += conformance.check_grpo_loss(by_rows, {"loss_type": "grpo"})
     bad = [
         s
         for s in found
@@ -280,7 +282,7 @@ def test_a_wrong_function_fails(wrong):
 # -------------------------------------------------------------------------------------- the command
 
 
-ADAPTER = f"""
+ADAPTER = f"""import sys
 sys.path.insert(0, {str(HERE)!r})
 from grpo_lora import group_advantages, kl_penalty
 DECLARES = {{"eps": 1e-4}}
