@@ -1031,6 +1031,34 @@ def test_gradients_reach_adapters_only_and_match_finite_differences(kind):
         )
 
 
+def test_with_dropout_all_that_dora_adds_sees_the_dropped_inputs_and_base_does_not():
+    """y = base(x) + (m/n - 1) W d(x) + (m/n) s B A d(x)"""
+    config = LoRAConfig(r=2, use_dora=True, lora_dropout=0.5)
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(6, 4).double(), 2, 3.0, config).train()
+    nn.init.normal_(layer.lora_B.weight, std=0.3)
+    layer.lora_magnitude_vector.data.mul_(1.3)
+    x, W = torch.randn(5, 6).double(), layer.base_layer.weight
+    A, B, s = layer.lora_A.weight, layer.lora_B.weight, layer.scaling
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    d = layer.lora_dropout(x)
+    ratio = layer.lora_magnitude_vector / (W + s * B @ A).norm(dim=1)
+    want = layer.base_layer(x) + (ratio - 1) * (d @ W.T) + ratio * s * (d @ A.T @ B.T)
+    torch.testing.assert_close(y, want)
+    assert not torch.equal(d, x)
+
+
+def test_pissa_takes_any_rank_up_to_the_smaller_side():
+    config = LoRAConfig(init_lora_weights="pissa")
+    base = nn.Linear(6, 4)
+    layer = LoRALinear(base, 4, 8.0, config)
+    assert layer.residual.abs().max() < 1e-5  # all of W is in A and B
+    with pytest.raises(ValueError, match="r = 5"):
+        LoRALinear(base, 5, 8.0, config)
+
+
 def test_dora_gradient_is_that_with_the_norm_held_fixed():
     model, base, ids = toy(LoRAConfig(r=2, use_dora=True, target_modules=["out"]))
     layer, hidden = model.out, {}

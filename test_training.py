@@ -1486,6 +1486,22 @@ def test_a_schedule_that_goes_on_to_a_later_end_has_the_rate_of_a_straight_run()
         assert longer.scheduler.get_last_lr() == straight.scheduler.get_last_lr()
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"max_steps": -1}, "max_steps = -1: must be finite and at least 0"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be finite and above 0"),
+        ({"top_entropy_quantile": 1.5}, "top_entropy_quantile = 1.5: must be finite and at most 1"),
+        ({"num_generations": 1}, "an advantage compares completions of one prompt"),
+        ({"loss_type": "dapoo"}, "loss_type: 'dapoo' is unknown, did you mean 'dapo'"),
+        ({"merge_half_precision": True}, "merge_half_precision: needs sampler_correction"),
+    ],
+)
+def test_a_setting_out_of_its_bounds_is_refused(setting, words):
+    with pytest.raises(ValueError, match=words):
+        GRPOConfig(**setting)
+
+
 def test_a_ratio_of_sequences_weighed_by_their_length_is_pointed_out():
     for loss_type in ("dapo", "bnpo", "dr_grpo", "cispo"):
         with pytest.warns(UserWarning, match=f"{loss_type}' weighs a row by its length"):
