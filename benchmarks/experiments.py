@@ -1,8 +1,8 @@
 """What to set, and why: short runs of the demo that differ in one thing, each on three seeds.
 
     python benchmarks/experiments.py                    # all: some 30 minutes on two cores
-    python benchmarks/experiments.py rate layers        # of: rate layers variants kl group
-                                                        #     iterations width bugs
+    python benchmarks/experiments.py rate layers        # of: rate layers methods ranks variants
+                                                        #     kl group iterations width bugs
     python benchmarks/experiments.py --draw             # figures and tables of what was measured
 
 Two runs at a time, each on one core. Writes experiments/NAME.jsonl and experiments/NAME.png. Each
@@ -40,6 +40,10 @@ COMMON |= {"r": 8, "lora_alpha": 32}
 SEVERAL = {"max_steps": 80, "num_iterations": 4}
 LAYERS = {"all": "all-linear", "attention": "q_proj,k_proj,v_proj,o_proj"}
 LAYERS |= {"MLP": "gate_proj,up_proj,down_proj"}
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"}, "gaussian": {"init_lora_weights": "gaussian"},
+}  # fmt: skip
 KL = [(0.0, "k3", True)]  # beta, estimator, use_bias_correction_kl
 KL += [(1.0, k, corrected) for k in ("k1", "k2", "k3") for corrected in (False, True)]
 BUGGY = {  # of the gallery in checks/gallery.py; they run under settings where each can matter
@@ -77,6 +81,8 @@ def experiments() -> dict[str, list[dict]]:
     return {
         "rate": rate,
         "layers": [r for n, t in LAYERS.items() for r in sweep(n, RATES[2:], target_modules=t)],
+        "methods": [r for n, m in METHODS.items() for r in sweep(n, RATES[1:5], **m)],
+        "ranks": [r for k in (1, 16, 128, 256) for r in sweep(f"r = {k}", RATES[2:5], r=k)],
         "variants": [one(name, variant=name, **SEVERAL) for name in names],
         "kl": kl,
         "group": [one(f"G = {g}", num_generations=g, prompts_per_step=256 // g) for g in sizes],

@@ -82,7 +82,7 @@ class Findings:
         try:
             yield wrong
         except Exception as error:
-            first = str(error).partition("\n")[0]
+            first, gallery = str(error).partition("\n")[0], ()
             found.append(f"raised {type(error).__name__}: {first}")
         status = FAIL if found else PASS
         self.add("universal", what, status, *found, f"equation: {equation}", gallery=gallery)
@@ -147,14 +147,19 @@ def check_declared(declares: dict[str, Any], known: dict[str, Any]) -> None:
 
 ADVANTAGE_SCALES = ("group", "batch", "none", "mean", "leave_one_out")
 EPSILONS = (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-# the definition of grpo_lora.py; inside: the eps is under the root, √(var + eps)
-ADVANTAGES = {"scale": "group", "eps": 1e-4, "ddof": 1, "inside": False}
+# the definition of grpo_lora.py; the divisor may also be √(std² + eps) or max(std, eps)
+ADVANTAGES = {"scale": "group", "eps": 1e-4, "ddof": 1, "divisor": "std + eps"}
+DIVISORS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "std + eps": lambda std, eps: std + eps,
+    "sqrt(var + eps)": lambda std, eps: (std.square() + eps).sqrt(),
+    "max(std, eps)": lambda std, eps: std.clamp(min=eps),
+}
 
 
-def advantages_as(rewards: Tensor, scale: str, eps: float, ddof: int, inside: bool) -> Tensor:
+def advantages_as(rewards: Tensor, scale: str, eps: float, ddof: int, divisor: str) -> Tensor:
     """(P, G) -> (P, G), by one of the known definitions."""
     mean = rewards.mean(dim=1, keepdim=True)
-    divide = lambda std: (std.square() + eps).sqrt() if inside else std + eps
+    divide = lambda std: DIVISORS[divisor](std, eps)
     G = rewards.shape[1]
     if scale == "none":
         A = rewards - mean
@@ -174,7 +179,8 @@ def definitions_of_advantages() -> Iterator[dict[str, Any]]:
         if scale in ("group", "batch"):
             for eps, ddof in itertools.product(EPSILONS, (1, 0)):
                 yield {"scale": scale, "eps": eps, "ddof": ddof}
-                yield {"scale": scale, "eps": eps, "ddof": ddof, "inside": True}
+            for eps, ddof, divisor in itertools.product(EPSILONS[1:], (1, 0), list(DIVISORS)[1:]):
+                yield {"scale": scale, "eps": eps, "ddof": ddof, "divisor": divisor}
         else:
             yield {"scale": scale}
 
@@ -562,7 +568,7 @@ def definitions_of_loss(bounds: dict[str, Any], declares: dict[str, Any], T: int
         if surrogate == "clip":
             own = [known]
         elif surrogate == "cispo":
-            own = [{"epsilon_high": c, "cap": w} for c in caps for w in ("absolute", "1 + epsilon")]
+            own = [{"epsilon_high": c, "cap": w} for w in ("absolute", "1 + epsilon") for c in caps]
         elif surrogate in ("dppo", "gmpo"):
             own = [
                 {"epsilon": a, "epsilon_high": b}
@@ -598,6 +604,8 @@ def words_for(d: dict[str, Any]) -> str:
     names = [
         n for n, pair in TYPES.items() if pair == (d["surrogate"], d["aggregation"]) and n != "bnpo"
     ]
+    if d["surrogate"] == "clip" and d["level"] == "sequence":
+        names = {"sequence": ["gspo"], "row_sum": ["luspo"]}.get(d["aggregation"], [])
     return ", ".join(parts) + (f": {names[0]}" if names else "")
 
 
@@ -652,9 +660,25 @@ def nearest_definition(loss: Loss, declares: dict[str, Any]) -> tuple[dict[str, 
     return best, least
 
 
-def universal_of_values(out: Findings, loss: Loss, tolerance: float) -> None:
+def universal_of_values(out: Findings, loss: Loss, found: Any, tolerance: float) -> None:
     """What holds of every loss, whatever the direction of its gradient."""
     function = loss.function
+    if found is None or found["aggregation"] != "constant":
+        equation = "L depends on what the mask covers, and so does its KL"
+        with out.universal("more padding changes nothing", equation, (1, 15)) as wrong:
+            logps, old, A, mask, ref = random_batch(11)
+            wide = [nn.functional.pad(x, (0, 3)) for x in (logps, old, mask, ref)]
+            for beta in (0.0, 0.5):
+                kl, wide_kl = {"ref_logps": ref, "beta": beta}, {"ref_logps": wide[3], "beta": beta}
+                try:
+                    right = loss.value(logps, old, A, mask, **(kl if beta else {}))
+                except Exception:
+                    if beta:
+                        continue  # it has no KL
+                    raise
+                got = loss.value(wide[0], wide[1], A, wide[2], **(wide_kl if beta else {}))
+                if abs(got - right) > tolerance * max(1e-3, abs(right)):
+                    wrong({"mask": wide[2].int(), "beta": beta}, got, right)
     with out.universal(
         "finite padding has no influence", "L depends on what the mask covers", (1, 15)
     ) as wrong:
@@ -694,6 +718,14 @@ def check_grpo_loss(function: Callable[..., Any], declares: Any = None) -> list[
     declares = dict(declares or {})
     check_declared(declares, LOSS)
     out, loss = Findings("grpo_loss"), Loss(function)
+    with out.universal(
+        "it can be called", "grpo_loss(logps, old_logps, advantages, mask)"
+    ) as wrong:
+        value = loss.value(*random_batch(0)[:4])
+        if not math.isfinite(value):
+            wrong("a batch of 5 rows, none empty", value, "a finite number")
+    if out.all[-1].status == FAIL:
+        return out.all
     found: dict[str, Any] | None = None
     tolerance = 0.02 if loss.differences else NEAR
     said = {
@@ -747,7 +779,7 @@ def check_grpo_loss(function: Callable[..., Any], declares: Any = None) -> list[
     if loss.differences and found and found["surrogate"] in ("cispo", "vespo", "dppo"):
         lines = "its gradient is stopped in part, and there is no autograd to ask"
         out.add("universal", "the gradient's direction", NOT_DEFINED, lines)
-        universal_of_values(out, loss, tolerance)
+        universal_of_values(out, loss, found, tolerance)
         check_kl_in_loss(out, loss, declares, found, tolerance)
         return out.all
     equation = "∂L/∂logp = -w A with w > 0, the same in a row"
@@ -780,14 +812,15 @@ def check_grpo_loss(function: Callable[..., Any], declares: Any = None) -> list[
                 if abs(slope) < 1e-2 * abs(unit):
                     wrong({"ratio": ratio, "advantage": advantage}, f"slope {slope:.4g}",
                           f"a slope of sign {-advantage:+.0f}")  # fmt: skip
-    universal_of_values(out, loss, tolerance)
+    universal_of_values(out, loss, found, tolerance)
     check_kl_in_loss(out, loss, declares, found, tolerance)
 
     def padding_of_nan() -> str | None:
         logps, old, A, mask, _ = random_batch(8)
         dirty = [torch.where(mask, x, math.nan) for x in (logps, old)]
         value, slope = loss.value(*dirty, A, mask), loss.slope(*dirty, A, mask)
-        fine = math.isfinite(value) and bool((slope * mask).nan_to_num(1e9).abs().max() < 1e8)
+        slope = torch.where(mask, slope, 0.0)
+        fine = math.isfinite(value) and bool(slope.isfinite().all())
         return None if fine else f"NaN where the mask is 0: loss {value:g}"
 
     def far_apart() -> str | None:
@@ -955,7 +988,7 @@ def check_lora(function: Callable[..., Any], declares: Any = None) -> list[State
     try:
         torch.manual_seed(0)
         wide = function(nn.Linear(300, 40), 8, alpha)
-        spread = max(float(p.std()) for p in wide.parameters() if p.requires_grad)
+        spread = max(float(p.detach().std()) for p in wide.parameters() if p.requires_grad)
         known = {"kaiming": 1 / math.sqrt(3 * 300), "gaussian": 1 / 8}
         name = next((n for n, x in known.items() if abs(spread - x) < 0.06 * x), None)
         line = (
@@ -1031,7 +1064,7 @@ def load_adapter(path: str) -> Any:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
     try:
         spec.loader.exec_module(module)
     except BaseException as error:

@@ -6,53 +6,27 @@ verl's file of formulas is loaded alone, without what the rest of verl needs:
 """
 
 import importlib.util
-import sys
 import types
-from pathlib import Path
 from typing import ClassVar
-from unittest import mock
 
 import numpy
 import pytest
 import torch
 
+from checks.alone import load_alone
 from grpo_lora import group_advantages, grpo_loss
 from test_math import batch, gradient
-
-
-def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask.bool(), x, 0.0).sum()
 
 
 @pytest.fixture(scope="module")
 def verl():
     """verl/trainer/ppo/core_algos.py. Its imports are stubs, but for two sums over a mask."""
-    package = importlib.util.find_spec("verl")
-    if package is None:
+    masked_sum = lambda x, mask: torch.where(mask.bool(), x, 0.0).sum()
+    mean = lambda x, mask: masked_sum(x, mask) / mask.sum()
+    sums = types.SimpleNamespace(masked_sum=masked_sum, masked_mean=mean)
+    if importlib.util.find_spec("verl") is None:
         pytest.skip("verl is not installed")
-    sums = types.SimpleNamespace(
-        masked_sum=masked_sum, masked_mean=lambda x, mask: masked_sum(x, mask) / mask.sum()
-    )
-    names = [
-        "omegaconf",
-        "verl",
-        "verl.utils",
-        "verl.utils.torch_functional",
-        "verl.trainer.config",
-    ]
-    names += ["verl.trainer", "verl.utils.import_utils", "verl.workers", "verl.workers.config"]
-    stubs = {name: mock.MagicMock() for name in names}
-    stubs["verl.utils"].torch_functional = stubs["verl.utils.torch_functional"] = sums
-    stubs["verl"].utils = stubs["verl.utils"]
-    stubs["verl.utils.import_utils"].deprecated = lambda *_: lambda function: function
-    stubs["verl.trainer.config"].AlgoConfig = type("AlgoConfig", (), {})
-    path = Path(str(package.origin)).parent / "trainer" / "ppo" / "core_algos.py"
-    spec = importlib.util.spec_from_file_location("verl_core_algos", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, stubs):
-        spec.loader.exec_module(module)
-    return module
+    return load_alone("verl", "trainer/ppo/core_algos.py", verl__utils__torch_functional=sums)
 
 
 class Config(types.SimpleNamespace):
