@@ -219,7 +219,7 @@ def is_dense(base: Any) -> bool:
 
 @torch.no_grad()
 def dense_weight(base: Any) -> Tensor:
-    """(out, in): a linear layer's weight. Of a quantised one base(identity)ᵀ, less the bias, which
+    """(out, in): a linear layer's weight. Of a quantised one base(identity)ᵀ, less the bias: that
     needs no library of quantisation."""
     weight = base.weight
     if is_dense(base):

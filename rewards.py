@@ -116,9 +116,10 @@ _NUMBER = (  # where it stands alone, or alone between brackets and commas
 _UNIT = re.compile(  # \text{ cm}^2, or up to three words, if they make no other number of it; $, °
     r"(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)(?=[a-z]{4})"
     r"|(?=(?:[ckm]m|[km]g|in|ft|mi|lb|hrs?|min|sec|mph|days?|men)\b))"
-    r"(?![a-z/\s]{0,40}\b(?:hundred|thousand|[a-z]+illion|lakh|dozen|percent|cent|hal(?:f|ve)|third|"
-    r"quarter|(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th|squared|cubed|factorial|root|sqrt|"
-    r"one|two|three|four|five|six|seven|eight|nine|ten|pi|mod|base|sin|cos|tan|log|and|or|to|of|out|plus|minus|times|over|by|below|zero|[ap]m)s?\b)"
+    r"(?![a-z/\s]{0,40}\b(?:hundred|thousand|[a-z]+illion|lakh|dozen|percent|cent|hal(?:f|ve)|"
+    r"third|quarter|(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th|squared|cubed|factorial|"
+    r"one|two|three|four|five|six|seven|eight|nine|ten|root|sqrt|pi|mod|base|sin|cos|tan|log|and|"
+    r"or|to|of|out|plus|minus|times|over|by|below|zero|[ap]m)s?\b)"
     r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
     r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})",
     re.IGNORECASE,

@@ -39,13 +39,13 @@ WORK = {  # prompts, completions of each, completion tokens, prompt tokens (abou
 GPU_WORK = {"1 x 16 x 512, prompts of 512": (1, 16, 512, 512, 16)}
 
 
-def random_model(folder: str) -> None:
-    """A Llama of Qwen2.5-0.5B's sizes, in bf16, with a tokenizer of as many words."""
+def random_model(folder: str, config: Any = None) -> None:
+    """A Llama of Qwen2.5-0.5B's sizes, or another, in bf16, with a tokenizer of as many words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    config = LlamaConfig(
+    config = config or LlamaConfig(
         vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
         num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=1,
         pad_token_id=0,

@@ -7,6 +7,8 @@ import pytest
 
 from test_training import ROWS, TOKENIZER, tiny_model
 
+collect_ignore = ["field", "field.py"]  # adapters of libraries that need not be installed
+
 # --------------------------------------------------------------------------------- the command line
 
 

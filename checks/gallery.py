@@ -226,7 +226,7 @@ GALLERY = [
         "no_gradient"),
     Bug(22, "dropout active in the rollout",
         "Human-Agent-Society/reef#536", "grpo_lora.py",
-        "with evaluating(lm.core):", "with contextlib.nullcontext():",
+        "with evaluating(lm.core):", "with nullcontext():",
         "test_generation_leaves_the_model_as_it_was_and_acts_in_eval_mode"),
     Bug(23, "merging an adapted head moves the tied embedding",
         "huggingface/peft#2018", "lora.py",
