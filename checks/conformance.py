@@ -471,17 +471,25 @@ class Loss:
     """An adapter's loss with its slope: autograd's, or by differences where there is none."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.differences = function, False
+        self.function, self.differences = function, True
+        self.mask_dtype = torch.bool
         logps = torch.tensor([[-0.5, -1.0]], dtype=torch.float64, requires_grad=True)
-        one = torch.ones(1, dtype=torch.float64)
-        try:
-            loss = self.call(logps, logps.detach() - 0.01, one, torch.ones(1, 2, dtype=torch.bool))
-            self.differences = not (isinstance(loss, Tensor) and loss.requires_grad)
-        except Exception:
-            self.differences = True
+        one, mask = torch.ones(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
+        # some want numbers in the mask: 1 - mask has no meaning for bool
+        for dtype, x in itertools.product((torch.bool, torch.float64), (logps, logps.detach())):
+            try:
+                self.mask_dtype = dtype
+                loss = self.call(x, logps.detach() - 0.01, one, mask)
+                self.differences = not (isinstance(loss, Tensor) and loss.requires_grad)
+                return
+            except Exception:
+                continue
+        self.mask_dtype = torch.bool
 
     def call(self, logps: Tensor, old: Tensor, A: Tensor, mask: Tensor, **kl: Any) -> Any:
-        loss = self.function(logps, old.clone(), A.clone(), mask.clone(), **kl)
+        loss = self.function(
+            logps, old.clone(), A.clone(), mask.to(self.mask_dtype, copy=True), **kl
+        )
         return loss[0] if isinstance(loss, tuple | list) else loss
 
     def value(self, logps: Tensor, *rest: Any, **kl: Any) -> float:

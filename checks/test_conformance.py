@@ -166,6 +166,13 @@ def numpy_loss(logps, old_logps, advantages, mask, ref_logps=None, beta=0.0):
     return float((loss * m).sum() / max(m.sum(), 1))
 
 
+def loss_of_numbers(logps, old_logps, advantages, mask):
+    """It wants a mask of numbers, returns one number in a list of them, and knows no KL."""
+    rho, A = (logps - old_logps).masked_fill((1 - mask).bool(), 0).exp(), advantages[:, None]
+    loss = -torch.min(rho * A, rho.clamp(0.8, 1.2) * A)
+    return ((loss * mask).sum() / mask.sum()).reshape(1)
+
+
 def int_mask(completion_ids, eos_token_ids):
     rows = []
     for row in completion_ids.tolist():
@@ -206,8 +213,9 @@ def test_right_implementations_of_other_definitions_do_not_fail():
     one.DECLARES |= {"kl_estimator": "k3", "use_bias_correction_kl": False}
     one.kl_penalty = grpo_lora.kl_penalty
     assert not failed(one)
-    two = SimpleNamespace(grpo_loss=numpy_loss, DECLARES={"loss_type": "dapo"})
-    assert not failed(two)
+    for function in (numpy_loss, loss_of_numbers):
+        two = SimpleNamespace(grpo_loss=function, DECLARES={"loss_type": "dapo"})
+        assert not failed(two)
 
 
 # -------------------------------------------------------------------- wrong, and none of the gallery
