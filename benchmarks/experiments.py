@@ -223,7 +223,8 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true")
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
-    plan = {name: experiments()[name] for name in options.names}
+    measured = [name for name in options.names if (OUT / f"{name}.jsonl").exists()]
+    plan = {name: experiments()[name] for name in (measured if options.draw else options.names)}
     widths = {run.get("width", 128) for runs in plan.values() for run in runs}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # the workers start here
