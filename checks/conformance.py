@@ -188,7 +188,7 @@ def definitions_of_advantages() -> Iterator[dict[str, Any]]:
 def check_advantages(function: Callable[..., Any], declares: Any = None) -> list[Statement]:
     """What holds of advantages, and which definition they follow."""
     declares = dict(declares or {})
-    check_declared(declares, ADVANTAGES | {"missing": "left_out"})
+    check_declared(declares, ADVANTAGES | {"missing": "left_out", "group_of_one": 0.0})
     out = Findings("group_advantages")
     A = lambda rewards: tensor(function(rewards.clone()))
     g = torch.Generator().manual_seed(0)
@@ -299,7 +299,16 @@ def check_advantages(function: Callable[..., Any], declares: Any = None) -> list
         )
     else:
         out.warn("a missing reward (NaN) leaves the others whole", missing)
-    out.warn("a group of one completion", one)
+    if "group_of_one" in declares:
+        ones = torch.tensor([[2.0], [3.0]], dtype=torch.float64)
+        wanted = (
+            ones if declares["group_of_one"] == "reward" else 0 * ones + declares["group_of_one"]
+        )
+        right = near(A(ones), wanted)
+        line = f"rewards {show(ones)} give {show(A(ones))}; declared {declares['group_of_one']}"
+        out.add("definition", "a group of one completion", PASS if right else FAIL, line)
+    else:
+        out.warn("a group of one completion", one)
     return out.all
 
 
@@ -375,6 +384,24 @@ def check_kl(function: Callable[..., Any], declares: Any = None) -> list[Stateme
     except Exception as error:
         found = []
         out.add("definition", "the estimator", FAIL if declares else DIFFERS, f"raised {error}")
+    # far apart: does it grow without end, or stop?
+    far = torch.tensor([[-60.0, -45.0, 9.0, 12.0]], dtype=torch.float64)
+    try:
+        values = run(0 * far - 70, far - 70)[0].tolist()
+        ends = {
+            x for pair in (values[:2], values[2:]) for x in pair if abs(pair[0] - pair[1]) < 1e-6
+        }
+        clamp = min(map(abs, ends), default=None)
+        words = "it is not clamped" if clamp is None else f"it is clamped at {clamp:g}"
+        said = declares.get("kl_clamp")
+        same = clamp == said if None in (clamp, said) else abs(clamp - said) < NEAR * said
+        known = "kl_clamp" in declares
+        status = (PASS if same else FAIL) if known else PASS if clamp is None else DIFFERS
+        words += f"; declared {said}" if known else ""
+        out.add("definition", "its clamp", status, words)
+    except Exception as error:
+        status = FAIL if "kl_clamp" in declares else DIFFERS
+        out.add("definition", "its clamp", status, f"raised {error}")
     with out.universal("it is 0 where the policies are equal", "π = π_ref ⇒ KL = 0") as wrong:
         same = run(logps, logps)
         if not near(same + 1, torch.ones_like(same)):
@@ -821,6 +848,7 @@ def check_grpo_loss(function: Callable[..., Any], declares: Any = None) -> list[
                     wrong({"ratio": ratio, "advantage": advantage}, f"slope {slope:.4g}",
                           f"a slope of sign {-advantage:+.0f}")  # fmt: skip
     universal_of_values(out, loss, found, tolerance)
+    check_soft_slopes(out, loss, said, found, tolerance)
     check_kl_in_loss(out, loss, declares, found, tolerance)
 
     def padding_of_nan() -> str | None:
@@ -859,6 +887,30 @@ def check_grpo_loss(function: Callable[..., Any], declares: Any = None) -> list[
     out.warn("94 nats between the policies, in float32", far_apart)
     out.warn("a batch without any token", empty)
     return out.all
+
+
+def check_soft_slopes(out: Findings, loss: Loss, said: Any, found: Any, tolerance: float) -> None:
+    """The slopes of a surrogate that does not clip, at ratios below, at and far above 1."""
+    named = TYPES.get(str(said.get("loss_type")), (said.get("surrogate"),))[0]
+    surrogate = named or (found or LOSS)["surrogate"]
+    if surrogate not in ("sapo", "cispo", "vespo", "opmd", "dppo", "gmpo"):
+        return
+    d = {**LOSS, **(found if found and found["surrogate"] == surrogate else {}), **said}
+    d |= {"surrogate": surrogate, "aggregation": "sum"}
+    what = f"{surrogate}'s slopes at ratios 0.2, 1 and 9"
+    if surrogate == "cispo" and d["epsilon_high"] is None:
+        out.add("definition", what, NOT_DEFINED, "its cap was not declared (epsilon_high)")
+        return
+    right = Loss(lambda *batch: loss_as(*batch, None, 0.0, d))
+    right.differences = loss.differences
+    unit, theirs = at_ratio(loss, 1.0, 1.0), at_ratio(right, 1.0, 1.0)
+    lines = []
+    for ratio, advantage in itertools.product((0.2, 1.0, 9.0), (1.0, -1.0)):
+        got = at_ratio(loss, ratio, advantage) / (unit or 1) * theirs
+        want = at_ratio(right, ratio, advantage)
+        if abs(got - want) > tolerance * max(1.0, abs(want)):
+            lines.append(f"ratio {ratio:g}, A = {advantage:g}: {got:.4g}, must be {want:.4g}")
+    out.add("definition", what, FAIL if lines else PASS, *lines)
 
 
 def check_kl_in_loss(
@@ -1054,7 +1106,7 @@ CHECKS: dict[str, Callable[..., list[Statement]]] = {
     "lora_linear": check_lora,
 }
 KEYS = {  # what DECLARES may say, and of which functions
-    "group_advantages": {*ADVANTAGES, "missing"},
+    "group_advantages": {*ADVANTAGES, "missing", "group_of_one"},
     "completion_mask": set(),
     "kl_penalty": {"kl_estimator", "kl_clamp"},
     "grpo_loss": {*LOSS},

@@ -287,6 +287,45 @@ def test_a_wrong_function_fails(wrong):
     assert failed(SimpleNamespace(DECLARES={}, **wrong))
 
 
+def clamped_k3(logps, ref_logps):
+    d = (ref_logps - logps).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(-10, 10)
+
+
+def alone_keeps_its_reward(rewards):
+    return grpo_lora.group_advantages(rewards) if rewards.shape[1] > 1 else rewards
+
+
+def sapo_with_a_stopped_gate(logps, old_logps, advantages, mask, **kl):
+    A, ratio = advantages.unsqueeze(1), (logps - old_logps).masked_fill(~mask, 0).exp()
+    loss = -4 * torch.sigmoid(ratio - 1).detach() * A * logps
+    return (loss * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "declared", "not_declared", "words"),
+    [
+        ({"kl_penalty": clamped_k3}, {"kl_clamp": 10.0}, {"kl_clamp": 20.0}, "clamped at 10"),
+        ({"kl_penalty": grpo_lora.kl_penalty}, {"kl_clamp": None}, {"kl_clamp": 10.0}, "not clamped"),
+        ({"group_advantages": alone_keeps_its_reward}, {"group_of_one": "reward"},
+         {"group_of_one": 0.0}, "declared reward"),
+        ({"group_advantages": grpo_lora.group_advantages}, {"group_of_one": 0.0},
+         {"group_of_one": "reward"}, "declared 0"),
+    ],
+)  # fmt: skip
+def test_what_is_declared_is_matched_or_fails(adapter, declared, not_declared, words):
+    found = check_adapter(SimpleNamespace(DECLARES=declared, **adapter))
+    assert not [s for s in found if s.status == FAIL]
+    assert any(words in line for s in found for line in s.details)
+    assert failed(SimpleNamespace(DECLARES=not_declared, **adapter))
+    assert not failed(SimpleNamespace(DECLARES={}, **adapter))
+
+
+def test_the_slopes_of_a_declared_soft_surrogate_are_compared():
+    wrong = SimpleNamespace(grpo_loss=sapo_with_a_stopped_gate, DECLARES={"surrogate": "sapo"})
+    assert "grpo_loss: sapo's slopes at ratios 0.2, 1 and 9" in failed(wrong)
+
+
 # -------------------------------------------------------------------------------------- the command
 
 

@@ -646,19 +646,12 @@ def base_weights_are_of_this_type_and_adapters_float32(given: Given, start) -> N
     assert found == {(torch.bfloat16, False), (torch.float32, True)}
 
 
-@acts(load_in_4bit=True)
-def base_weights_are_in_four_bits(given: Given, start) -> None:
+@acts(load_in_4bit=True, load_in_8bit=True)
+def base_weights_are_in_so_many_bits(given: Given, start) -> None:
     pytest.importorskip("bitsandbytes")
     t = start(**given)
-    assert type(t.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
-    assert math.isfinite(update(t)["loss"])
-
-
-@acts(load_in_8bit=True)
-def base_weights_are_in_eight_bits(given: Given, start) -> None:
-    pytest.importorskip("bitsandbytes")
-    t = start(**given)
-    assert type(t.model.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear8bitLt"
+    kind = "Linear4bit" if "load_in_4bit" in given else "Linear8bitLt"
+    assert type(t.model.model.layers[0].mlp.up_proj.base_layer).__name__ == kind
     assert math.isfinite(update(t)["loss"])
 
 
