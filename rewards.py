@@ -214,7 +214,8 @@ def check_gold(function: Callable[..., Any], row: Any) -> None:
     if inspect.unwrap(function) in (accuracy_reward, length_reward, cosine_reward):
         gold = gold_answer(row.get("answer", row.get("solution")))
         words = len(re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", str(gold)))
-        if words > 7 or isinstance(gold, list | tuple | dict):
+        prose = words > 7 and re.search(r"[a-z0-9)][.!?]\s+[A-Z]", str(gold))  # not a long title
+        if prose or words > 15 or isinstance(gold, list | tuple | dict):
             what = f"no completion can match the gold answer {gold!s:.60}"
             raise ValueError(f"{what}: give the answer alone, or mark it with \\boxed{{}} or ####")
 

@@ -1161,6 +1161,9 @@ def test_a_trainer_that_cannot_work_says_so():
     ]:
         with pytest.raises(ValueError, match=words):
             make()
+    title = "The Lord of the Rings: The Fellowship of the Ring"  # long, and can be matched
+    trainer(reward="accuracy", rows=[{"prompt": "1", "answer": title}])
+    assert rewards.accuracy_reward(None, [rf"\boxed{{{title}}}"], [title]) == [1.0]
 
 
 def test_a_trainer_goes_on_from_the_state_of_another():
