@@ -1,14 +1,14 @@
 """What to set, and why: short runs of the demo that differ in one thing, each on three seeds.
 
-    python benchmarks/experiments.py                    # all: some 30 minutes on two cores
+    python benchmarks/experiments.py                    # all: an hour on two cores
     python benchmarks/experiments.py rate layers        # of: rate layers methods ranks variants
                                                         #     kl group iterations width bugs
     python benchmarks/experiments.py --draw             # figures and tables of what was measured
 
-Two runs at a time, each on one core. Writes experiments/NAME.jsonl and experiments/NAME.png. Each
-line of the first is a run: its settings, its reward at each update, its accuracy on the 200
-held-out problems before and after. "Reward" is the mean training reward over all updates of a run:
-how high, and how soon.
+Two runs at a time (or --processes), each on one core. Writes experiments/NAME.jsonl and
+experiments/NAME.png. Each line of the first is a run: its settings, its reward at each update, its
+accuracy on the 200 held-out problems before and after. "Reward" is the mean training reward over
+all updates of a run: how high, and how soon.
 """
 
 import argparse
@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 import grpo_lora  # noqa: E402
 from lora import merge_and_unload  # noqa: E402
@@ -44,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa"}, "gaussian": {"init_lora_weights": "gaussian"},
 }  # fmt: skip
+PEFT = {"VeRA": ("VeraConfig", {"r": 256}), "TinyLoRA": ("TinyLoraConfig", {"r": 2, "u": 64})}
 KL = [(0.0, "k3", True)]  # beta, estimator, use_bias_correction_kl
 KL += [(1.0, k, corrected) for k in ("k1", "k2", "k3") for corrected in (False, True)]
 BUGGY = {  # of the gallery in checks/gallery.py; they run under settings where each can matter
@@ -76,13 +78,18 @@ def experiments() -> dict[str, list[dict]]:
     for n in (1, 2, 4, 8):
         series = f"{n} update{'s' * (n > 1)} a batch"
         iterations.append(one(series, num_iterations=n, max_steps=20 * n))
+    methods = [run for n, m in METHODS.items() for run in sweep(n, RATES[1:5], **m)]
+    methods += sweep("VeRA", [*RATES[3:], 1e-1, 3e-1], peft="VeRA")
+    methods += sweep("TinyLoRA", RATES[1:5], peft="TinyLoRA")
+    ranks = [run for k in (1, 16, 128, 256) for run in sweep(f"r = {k}", RATES[2:5], r=k)]
+    ranks += sweep("r = 256, rsLoRA", RATES[1:4], r=256, use_rslora=True)
     buggy = {"beta": 0.05, "temperature": 1.3, **SEVERAL}
     sizes = (2, 4, 8, 16, 32, 64)
     return {
         "rate": rate,
         "layers": [r for n, t in LAYERS.items() for r in sweep(n, RATES[2:], target_modules=t)],
-        "methods": [r for n, m in METHODS.items() for r in sweep(n, RATES[1:5], **m)],
-        "ranks": [r for k in (1, 16, 128, 256) for r in sweep(f"r = {k}", RATES[2:5], r=k)],
+        "methods": methods,
+        "ranks": ranks,
         "variants": [one(name, variant=name, **SEVERAL) for name in names],
         "kl": kl,
         "group": [one(f"G = {g}", num_generations=g, prompts_per_step=256 // g) for g in sizes],
@@ -116,7 +123,7 @@ def train(job: dict) -> dict:
     """One run, in a process of its own."""
     torch.set_num_threads(1)
     started, settings = time.perf_counter(), COMMON | job
-    names = ("experiment", "series", "x", "width", "full", "bug")
+    names = ("experiment", "series", "x", "width", "full", "peft", "bug")
     about = {name: settings.pop(name, None) for name in names}
     os.chdir(str(about["width"] or 128))
     if about["bug"]:
@@ -130,8 +137,15 @@ def train(job: dict) -> dict:
     ):
         words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
         trainer = cli.prepare(*cli.parse([*words, "--output_dir", folder]))
-        if about["full"]:  # B is 0, so what is left is the base model
+        if about["full"] or about["peft"]:  # B is 0, so what is left is the base model
             model = merge_and_unload(trainer.model)
+            if about["peft"]:
+                import peft
+
+                kind, options = PEFT[about["peft"]]
+                transformers.set_seed(job["seed"])
+                config = getattr(peft, kind)(target_modules="all-linear", **options)
+                model = peft.get_peft_model(model, config)
             data = trainer.train_dataset, trainer.eval_dataset, trainer.tokenizer
             options = {"callbacks": trainer.callbacks, "engine": trainer.engine}
             args = model, trainer.reward_funcs, trainer.args
@@ -221,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", default=list(experiments()))
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     measured = [name for name in options.names if (OUT / f"{name}.jsonl").exists()]
@@ -228,15 +243,16 @@ def main() -> None:
     widths = {run.get("width", 128) for runs in plan.values() for run in runs}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # the workers start here
-        with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        with multiprocessing.get_context("fork").Pool(options.processes, maxtasksperchild=1) as pool:
             if not options.draw:
                 pool.map(base_model, widths, chunksize=1)
             for name, runs in plan.items():
                 path = OUT / f"{name}.jsonl"
                 if not options.draw:
                     jobs = [{"experiment": name, "seed": s, **run} for run in runs for s in SEEDS]
-                    done = pool.imap(train, jobs, chunksize=1)
-                    path.write_text("".join(json.dumps(row) + "\n" for row in done))
+                    with path.open("w") as file:
+                        for row in pool.imap(train, jobs, chunksize=1):
+                            print(json.dumps(row), file=file, flush=True)
                 rows = [json.loads(line) for line in path.read_text().splitlines()]
                 table(name, rows)
                 draw(name, rows)

@@ -7,7 +7,8 @@ For groups of 16, 64, 128 and 256 rows, prompts of 512 and completions of 512 to
 per second; the time of a decode step over the time that reading all weights and caches once would
 take at the bandwidth measured here (the floor); the share of the update that is not sampling; peak
 memory. Each with rollouts on the adapter as it is, and on merged weights, which round in bf16
-(merge_half_precision, with sampler_correction): there the gap of sampler and scorer matters.
+(merge_half_precision, with sampler_correction): there the gap of sampler and scorer matters. Groups
+of 128 and more are trained with gradient checkpointing, as a group is one forward.
 
 Writes gpu.json.
 """
@@ -60,10 +61,11 @@ def measure(
     model = apply_lora(base.to(device), LoRAConfig(r=16, lora_alpha=32))
     words = " ".join(f"w{2 + i % 90}" for i in range(length))
     rows = [{"prompt": words}] * 4
-    reward = lambda completions, **_: [len(set(text)) / 10 for text in completions]
+    reward = lambda completions, **_: [len(text) for text in completions]
     args = GRPOConfig(
         prompts_per_step=1, num_generations=group, max_completion_length=length,
-        per_device_train_batch_size=group, merge_half_precision=merged,
+        per_device_train_batch_size=group, gradient_checkpointing=group >= 128,
+        merge_half_precision=merged,
         sampler_correction="token_truncate" if merged else "none",
     )  # fmt: skip
     trainer = GRPOTrainer(model, reward, args, rows, None, tokenizer, engine=fast)
