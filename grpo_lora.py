@@ -49,15 +49,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, get_scheduler
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lora import (
-    LoRALinear,
-    default_reference,
-    lora_merged,
-    lora_snapshot,
-    param_groups,
-    save_lora,
-    setting,
-)
+from lora import LoRALinear, default_reference, lora_merged, param_groups, save_lora, setting
 from rewards import OPENED, call_rewards, check_gold, reward_function, reward_name
 
 # ---------------------------------------------------------------------------------- the objective
@@ -219,11 +211,9 @@ def grpo_loss(
     B, T = logps.shape
     shapes: dict[str, Any] = {"old_logps": (old_logps, (B, T)), "advantages": (advantages, (B,))}
     shapes |= {"mask": (mask, (B, T)), "ref_logps": (ref_logps, (B, T))}
-    for name, (tensor, shape) in (shapes | {"token_weights": (token_weights, (B, T))}).items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, must be {shape} to fit logps"
-            )
+    for name, (x, shape) in (shapes | {"token_weights": (token_weights, (B, T))}).items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, must be {shape} to fit logps")
     check_choice(loss_type, AGGREGATION, "loss_type")
     check_choice(importance_sampling_level, ("token", "sequence"), "importance_sampling_level")
     if loss_type == "cispo" and epsilon_high is None:
@@ -501,30 +491,32 @@ class GRPOTrainer:
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
             total = 0.0
-            for batch in micro_batches:
-                with evaluating(self.model, adapter_dropout=True):
+            with evaluating(self.model, adapter_dropout=True):  # in the backward pass as well
+                for batch in micro_batches:
                     logps, entropies = self.logps(batch.rollout)  # (b, T), (b, T)
-                # a batch that is used once: the policy that sampled has not moved, so ρ is 1
-                old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
-                loss, stats = grpo_loss(
-                    logps, old_logps, batch.advantages, batch.rollout.completion_mask,
-                    ref_logps=batch.ref_logps,
-                    token_weights=self.token_weights(batch, logps.detach(), old_logps),
-                    normalizer=normalizer, **self.objective,
-                )  # fmt: skip
-                (loss * loss_scale).backward()
-                total += loss.item()
-                stats |= diagnostics(batch.rollout, old_logps, entropies)
-                parts.append((int(batch.rollout.completion_mask.sum()), stats))
+                    # used once, a batch is of the policy as it is: ρ is 1
+                    old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
+                    loss, stats = grpo_loss(
+                        logps, old_logps, batch.advantages, batch.rollout.completion_mask,
+                        ref_logps=batch.ref_logps,
+                        token_weights=self.token_weights(batch, logps.detach(), old_logps),
+                        normalizer=normalizer, **self.objective,
+                    )  # fmt: skip
+                    (loss * loss_scale).backward()
+                    total += loss.item()
+                    stats |= diagnostics(batch.rollout, old_logps, entropies)
+                    parts.append((int(batch.rollout.completion_mask.sum()), stats))
             if not rollout.logps.isfinite().all():
                 total = math.nan  # a broken policy shows here, also where no group needs a forward
             total, grad_norm = self.reduce_and_clip(total, loss_scale)
             finite = math.isfinite(total) and math.isfinite(grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.schedule(self.step)
             if finite:
                 self.optimizer.step()
+            self.step += 1  # skipped or not: the schedule counts updates
             means = {"loss": total, "grad_norm": grad_norm, "skipped_updates": float(not finite)}
-            parts.append((1, means | {"learning_rate": self.scheduler.get_last_lr()[0]}))
-            self.scheduler.step()  # also after a skipped update: a schedule counts updates
+            parts.append((1, means | {"learning_rate": self.optimizer.param_groups[0]["lr"]}))
         self.last_batch = rollout, micro_batches
         self.tokens += sum(sample["prompt_length"] + sample["length"] for sample in samples)
         metrics = self.summarize(samples, rewards, advantages)
@@ -671,7 +663,6 @@ class GRPOTrainer:
             started, self.eval_samples = time.perf_counter(), []
             self.seed("update", index)
             metrics = self.update(self.batch(index))
-            self.step += n
             epoch = (index + 1) * args.prompts_per_step / len(self.train_dataset)
             own = {"step": self.step, "epoch": epoch, "step_time": time.perf_counter() - started}
             metrics = own | metrics | own  # in front; and again, over what rewards may have logged
@@ -828,7 +819,7 @@ class GRPOTrainer:
         groups = param_groups(model, args.learning_rate, args.lora_plus_ratio, full_rate)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         schedule = (args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
-        self.scheduler = get_scheduler(*schedule)
+        self.schedule = get_scheduler(*schedule).lr_lambdas[0]  # updates made -> factor of the rate
         options = inspect.signature(grpo_loss).parameters
         self.objective = {name: getattr(args, name) for name in options if hasattr(args, name)}
         self.sharded = hasattr(lm.decoder, "unshard")  # FSDP2
@@ -845,11 +836,10 @@ class GRPOTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs besides its model, settings and data."""
-        snapshot = self.reference.tensors if isinstance(self.reference, lora_snapshot) else None
-        state: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "reference": snapshot}
+        state: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
+        state["reference"] = getattr(self.reference, "tensors", None)  # of a lora_snapshot
         state["trainable"] = {name: p.detach() for name, p in self.params.items()}
-        state["optimizer"] = self.optimizer.state_dict()
-        return state | {"scheduler": self.scheduler.state_dict()}
+        return state | {"optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -857,16 +847,9 @@ class GRPOTrainer:
         self.step, self.tokens = state["step"], state["tokens"]
         for name, parameter in self.params.items():
             parameter.copy_(state["trainable"][name])
-        if isinstance(self.reference, lora_snapshot):
-            self.reference.tensors = state["reference"]
+        if state["reference"] is not None:
+            self.reference.tensors = state["reference"]  # type: ignore[attr-defined]
         self.optimizer.load_state_dict(state["optimizer"])
-        schedule = self.scheduler
-        schedule.load_state_dict(state["scheduler"])
-        # the stored rate is the old schedule's, and max_steps may have grown
-        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        schedule._last_lr = [base * f for base, f in zip(schedule.base_lrs, factors, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
-            group["lr"] = rate
 
 
 @dataclass
@@ -917,16 +900,19 @@ def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float
 @contextmanager
 def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None]:
     """Eval mode within; each module's own mode after. adapter_dropout: that and activation
-    checkpointing act, for the loss forward. A base model's own dropout never does."""
-    modes = [(module, module.training) for module in model.modules()]
+    checkpointing act, for the loss. A base model's own dropout never does."""
+    before = []
     for name, module in model.named_modules():
+        held = vars(module)  # a layer that is checkpointed may hold its dropout rate as a number
+        rates = {key: x for key, x in held.items() if "dropout" in key and isinstance(x, float)}
+        before.append((held, {"training": module.training} | rates))
         acts = "lora_dropout" in name or getattr(module, "gradient_checkpointing", False)
-        module.training = adapter_dropout and acts
+        held.update(dict.fromkeys(rates, 0.0), training=adapter_dropout and acts)
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for held, own in before:
+            held.update(own)
 
 
 def default_learning_rate(model: nn.Module) -> float:

@@ -9,8 +9,8 @@ model stays one switch away: the reference policy of GRPO needs no second copy o
     with lora_merged(model), torch.no_grad(): ...                # dense weights, for fast rollouts
     save_lora(model, "adapter"); load_lora(base, "adapter")      # files that PEFT reads and writes
 
-Left out, and refused: embeddings and convolutions as targets, biases, several adapters at once,
-quantised bases, the fused expert weights of mixture-of-experts models. (PEFT has them.)
+The frozen weights may be quantised. Left out, and refused: embeddings and convolutions as targets,
+biases, several adapters at once, fused expert weights of mixtures of experts. (PEFT has them.)
 """
 
 import copy
@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -122,8 +123,8 @@ class LoRALinear(_Switchable):
         self.base_layer = base
         self.transposed = isinstance(base, Conv1D)
         self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        sizes = (base.nx, base.nf) if self.transposed else (base.in_features, base.out_features)
-        in_features, out_features = sizes
+        names = ("nx", "nf") if self.transposed else ("in_features", "out_features")
+        in_features, out_features = (getattr(base, name) for name in names)
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         options: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": dtype}
         self.lora_dropout = nn.Dropout(config.lora_dropout)
@@ -170,18 +171,11 @@ class LoRALinear(_Switchable):
 
     def merged_weight(self) -> Tensor:
         """(out, in): the one dense weight that does what base and adapter do together."""
-        A, B = self.lora_A.weight, self.lora_B.weight
-        W = self._frozen()
+        A, B, W = self.lora_A.weight, self.lora_B.weight, self._frozen()
         weight = torch.addmm(W.to(A.dtype), B, A, alpha=self.scaling)  # W + s·B A
         if self.lora_magnitude_vector is not None:
             weight = weight * (self.lora_magnitude_vector / self._norm()).unsqueeze(1)
         return weight.to(W.dtype)
-
-    def _base(self, x: Tensor) -> Tensor:
-        """The frozen part of the layer."""
-        if self.residual is None:
-            return self.base_layer(x)
-        return F.linear(x, self._frozen(), self.base_layer.bias)
 
     def _down(self, x: Tensor) -> Tensor:
         """A(x), (..., r), in the adapter's precision."""
@@ -192,24 +186,20 @@ class LoRALinear(_Switchable):
             return self.base_layer(x)
         if self.merged is not None:
             return F.linear(x, self.merged.to(x.dtype), self.base_layer.bias)
+        bias, residual = self.base_layer.bias, self.residual
+        result = self.base_layer(x) if residual is None else F.linear(x, residual, bias)
         dropout = self.lora_dropout.training and self.lora_dropout.p > 0
         x_adapter = self.lora_dropout(x.to(self.lora_A.weight.dtype)) if dropout else x
-        if self.lora_magnitude_vector is None:
-            change = self.lora_B(self._down(x_adapter)).mul_(self.scaling)
-            result = self._base(x)
-            return change.add_(result).to(result.dtype)  # in place: no third tensor of this size
-        return self._dora(x, x_adapter, dropout)
-
-    def _dora(self, x: Tensor, x_adapter: Tensor, dropout: bool) -> Tensor:
-        """DoRA's y. With dropout all of what DoRA adds sees the dropped inputs."""
-        result, bias = self._base(x), self.base_layer.bias
-        ratio = self.lora_magnitude_vector / self._norm().detach()
-        if dropout:
+        change = self.lora_B(self._down(x_adapter))
+        if self.lora_magnitude_vector is None:  # in place: no third tensor of this size
+            return change.mul_(self.scaling).add_(result).to(result.dtype)
+        if dropout:  # all of what DoRA adds sees the dropped inputs
             plain = F.linear(x_adapter, self._frozen().to(x_adapter.dtype))
         else:
             plain = result if bias is None else result - bias
-        change = (ratio - 1) * plain + ratio * self.lora_B(self._down(x_adapter)) * self.scaling
-        return (result + change).to(result.dtype)
+        ratio = self.lora_magnitude_vector / self._norm().detach()
+        added = (ratio - 1) * plain + ratio * change * self.scaling  # in PEFT's order
+        return (result + added).to(result.dtype)
 
 
 def is_dense(base: Any) -> bool:
@@ -348,8 +338,7 @@ def _pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def _adapters(model: nn.Module) -> Adapters:
-    kinds = LoRALinear | TrainedCopy
-    adapters = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    adapters: Any = {n: m for n, m in model.named_modules() if isinstance(m, _Switchable)}
     if not adapters:
         raise ValueError("the model carries no LoRA adapter: call apply_lora or load_lora first")
     return adapters
@@ -388,8 +377,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     with ExitStack() as hooks:
         try:
             for layer in layers:
-                with torch.no_grad():
-                    layer.merged = layer.merged_weight()
+                layer.merged = layer.merged_weight().detach()
                 # Autograd calls a tensor's hooks when it has that tensor's gradient. The merged
                 # weight asks for one, so a backward pass through it is noticed and refused.
                 layer.merged.requires_grad_().register_hook(refuse)
@@ -416,15 +404,11 @@ class lora_snapshot:
         for name, tensor in self.tensors.items():
             tensor = tensor.to(now[name].device)
             frozen[id(now[name])] = nn.Parameter(tensor, requires_grad=False)
-        everywhere = ((m._parameters, key) for m in self.model.modules() for key in m._parameters)
-        swapped = [(held, key, held[key]) for held, key in everywhere if id(held[key]) in frozen]
-        try:
-            for held, key, parameter in swapped:
-                held[key] = frozen[id(parameter)]
+        with ExitStack() as stack:
+            for held in (module._parameters for module in self.model.modules()):
+                own = {key: frozen[id(p)] for key, p in held.items() if id(p) in frozen}
+                stack.enter_context(patch.dict(held, own))
             yield
-        finally:
-            for held, key, parameter in swapped:
-                held[key] = parameter
 
 
 def default_reference(model: nn.Module) -> Callable[[], Any]:
@@ -444,15 +428,10 @@ def merge_and_unload(model: Any) -> Any:
     An adapted head that shared its weight with the embedding gets one of its own."""
     for name, module in _adapters(model).items():
         if isinstance(module, LoRALinear):
-            base: Any = module.base_layer
-            with torch.no_grad():
-                weight = module.merged_weight()
+            base, weight = module.base_layer, module.merged_weight().detach()
             if not is_dense(base):  # it was quantised, and is no more
-                bias, base = (
-                    base.bias,
-                    nn.Linear(base.in_features, base.out_features, device="meta"),
-                )
-                base.bias = bias
+                dense = nn.Linear(base.in_features, base.out_features, device="meta")
+                base, dense.bias = dense, base.bias
             base.weight = nn.Parameter((weight.T if module.transposed else weight).contiguous())
             model.set_submodule(name, base)
         else:
@@ -492,10 +471,8 @@ PREFIX = "base_model.model."  # PEFT's nesting: PeftModel.base_model (a LoraMode
 TRAINED = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 # PEFT settings that we lack, at a value (other than None, False or empty) that does nothing
 INACTIVE = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-IGNORED = set(
-    "peft_type task_type base_model_name_or_path revision peft_version inference_mode "
-    "fan_in_fan_out auto_mapping".split()
-)
+IGNORED = "base_model_name_or_path peft_type task_type peft_version".split()
+IGNORED += "revision inference_mode fan_in_fan_out auto_mapping".split()
 
 
 def _file_tensors(adapters: Adapters) -> dict[str, Tensor]:
@@ -561,10 +538,7 @@ def load_lora(model: Any, directory: str | Path) -> Any:
 
 
 def read_lora_config(directory: str | Path) -> LoRAConfig:
-    """The LoRAConfig in a directory's adapter_config.json.
-
-    Raises ValueError for a setting of PEFT's that we lack and that is active.
-    """
+    """The LoRAConfig of a saved adapter. Raises ValueError for an active PEFT setting we lack."""
     file = Path(directory) / "adapter_config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))

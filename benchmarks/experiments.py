@@ -243,7 +243,9 @@ def main() -> None:
     widths = {run.get("width", 128) for runs in plan.values() for run in runs}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # the workers start here
-        with multiprocessing.get_context("fork").Pool(options.processes, maxtasksperchild=1) as pool:
+        with multiprocessing.get_context("fork").Pool(
+            options.processes, maxtasksperchild=1
+        ) as pool:
             if not options.draw:
                 pool.map(base_model, widths, chunksize=1)
             for name, runs in plan.items():

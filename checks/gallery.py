@@ -359,7 +359,12 @@ GALLERY = [
         "test_half_precision_keeps_a_gradient_that_is_divided_by_a_million_tokens"),
     Bug(44, "a run that is resumed to a later end begins at the rate of the old one",
         "this project", "grpo_lora.py",
-        'group["lr"] = rate', "pass",
+        "for group in self.optimizer.param_groups:\n"
+        '                group["lr"] = group["initial_lr"] * self.schedule(self.step)\n'
+        "            if finite:\n                self.optimizer.step()\n",
+        "if finite:\n                self.optimizer.step()\n"
+        "            for group in self.optimizer.param_groups:\n"
+        '                group["lr"] = group["initial_lr"] * self.schedule(self.step + 1)\n',
         "test_a_schedule_that_goes_on_to_a_later_end_has_the_rate_of_a_straight_run"),
     Bug(45, "a folder is opened to flush it, which Windows cannot",
         "this project", "runner/checkpoints.py",
@@ -369,6 +374,14 @@ GALLERY = [
         "this project", "runner/fast.py",
         "LoRALinear._down if again else narrow_inputs", "narrow_inputs",
         "test_a_half_precision_base_trains_under_activation_checkpointing"),
+    Bug(47, "layers are computed again in the backward pass, but without the dropout of the forward",
+        "this project", "grpo_lora.py",
+        "(loss * loss_scale).backward()", "self.model.eval(); (loss * loss_scale).backward()",
+        "test_layers_computed_again_in_the_backward_pass_are_in_the_mode_of_the_forward"),
+    Bug(48, "train mode, which checkpointing needs, lets the base model drop out",
+        "this project", "grpo_lora.py",
+        "held.update(dict.fromkeys(rates, 0.0), training=", "held.update(training=",
+        "test_a_dropout_rate_that_layers_hold_as_a_number_does_not_act_under_checkpointing"),
 ]
 # fmt: on
 

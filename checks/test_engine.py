@@ -143,8 +143,9 @@ def recordings(monkeypatch):
             for name in ("device", "current_stream", "graph"):
                 monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
         replay = record(watched, inputs)
-        assert len(outputs) == 2, "a first call, and the one that is recorded"
-        made.extend([replay] if replay is not watched else [])
+        given_up = replay is watched  # on a GPU, in the middle of the call that is recorded
+        assert len(outputs) == 2 or given_up, "a first call, and the one that is recorded"
+        made.extend([] if given_up else [replay])
         return replay
 
     monkeypatch.setattr(fast, "_recorded", noted)

@@ -66,7 +66,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted_and_three_in_a_row_
 
     def watched(rows):
         metrics = original(rows)
-        after[t.step] = adapters_of(t.model)
+        after[t.step - 1] = adapters_of(t.model)
         return metrics
 
     t.update = watched
@@ -94,7 +94,7 @@ def test_a_policy_that_is_not_finite_itself_is_not_saved(tmp_path):
 
     def watched(rows):
         metrics = original(rows)
-        if t.step == 2:
+        if t.step == 3:
             B.detach().fill_(math.inf)
         return metrics
 

@@ -179,7 +179,8 @@ def curve(rows: list[dict[str, Any]], names: list[str]) -> str:
     y_of = lambda y: 140 - 100 * (y - low) / ((high - low) or 1)
     parts = ['<path d="M60 35V140H310" fill="none" stroke="#bbb"/>']
     for y in {low, high}:
-        parts.append(f'<text x="55" y="{y_of(y) + 4:.0f}" text-anchor="end">{y:.2g}</text>')
+        label = f"{y:.0f}" if 100 <= abs(y) < 1e6 else f"{y:.2g}"
+        parts.append(f'<text x="55" y="{y_of(y) + 4:.0f}" text-anchor="end">{label}</text>')
     # the outermost labels grow inwards, so that long ones are not cut off
     for x, anchor in {left: "start", right: "end"}.items():
         parts.append(f'<text x="{x_of(x):.0f}" y="156" text-anchor="{anchor}">{x}</text>')
