@@ -12,14 +12,14 @@ In order: the objective, the settings, the trainer (its `update` is the algorith
 log-probabilities. If you stop there you have read GRPO. Then: the model as two parts, data,
 processes.
 
-P prompts, G completions of each, B = P·G rows; the rows of a prompt are adjacent. L prompt tokens,
-T completion tokens, V words in the vocabulary, H the model's width, K reward functions.
+P prompts, each with a group of G completions. Row by row, the completions of a prompt are adjacent:
+B = P·G rows, of which b are some. L prompt tokens, T completion tokens, V tokens in the vocabulary,
+H the model's width, K reward functions. P and B are those of one process.
 
 Left out, and refused: vLLM and other servers, tools, multi-turn, images, the entropy bonus,
 router losses, learned reward models. (TRL and verl have them.)
 """
 
-import dataclasses
 import difflib
 import hashlib
 import inspect
@@ -31,7 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,12 +58,12 @@ from rewards import OPENED, call_rewards, check_gold, reward_function, reward_na
 def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
     """How much better each completion is than its group.    A = (R - mean_g) / (std + eps)
 
-    rewards: (P, G), NaN where there is none. Returns (P, G). scale says what takes the place of the
-    denominator: "group" (GRPO, the std of each group), "batch" (the std of all rewards), "none" (1,
-    Dr. GRPO), "mean" (mean_g, MaxRL; A is 0 where that is 0), or "leave_one_out" ((G-1)/G, RLOO:
-    each reward minus the mean of the others). Every std has ddof 1. A row without a reward leaves
-    the statistics and gets 0. A group whose rewards are all equal, or that has only one, gets
-    exactly 0. Raises ValueError for other shapes and scales. (Shao et al. 2024, section 4.1.2)
+    rewards: (P, G), NaN where there is none. Returns (P, G). scale is the denominator: "group"
+    (GRPO), the group's std + eps; "batch", the std of all rewards + eps; "none" (Dr. GRPO), 1;
+    "mean" (MaxRL, for rewards >= 0), mean_g, and A is 0 where that is 0; "leave_one_out" (RLOO),
+    (G-1)/G: each reward minus the mean of the others. Every std has ddof 1. A completion without a
+    reward leaves the statistics and gets 0. A group whose rewards are all equal, or that has only
+    one, gets exactly 0. Raises ValueError for other shapes and scales. (Shao et al. 2024, 4.1.2)
 
     >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
     >>> group_advantages(rewards, scale="none")
@@ -75,20 +75,16 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}, must be (P, G)")
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     valid = ~rewards.isnan()
-    mean, n = rewards.nanmean(dim=1, keepdim=True), valid.sum(dim=1, keepdim=True)
-    centred = rewards - mean
-    if scale == "mean":
-        centred = torch.where(mean == 0, 0.0, centred / mean)
-    elif scale == "leave_one_out":
-        centred = centred * n / (n - 1)
-    elif scale == "group":
-        centred = centred / (_nanstd(rewards, dim=1) + eps)
-    elif scale == "batch":
-        centred = centred / (_nanstd(rewards.flatten(), dim=0) + eps)
+    mean, n = rewards.nanmean(dim=1, keepdim=True), valid.sum(dim=1, keepdim=True).to(rewards)
+    divisor = {
+        "group": _nanstd(rewards, dim=1) + eps, "batch": _nanstd(rewards.flatten(), dim=0) + eps,
+        "none": torch.ones_like(mean), "mean": mean, "leave_one_out": (n - 1) / n,
+    }[scale]  # fmt: skip
     low = rewards.masked_fill(~valid, math.inf).amin(dim=1, keepdim=True)
     high = rewards.masked_fill(~valid, -math.inf).amax(dim=1, keepdim=True)
     # by value and not by std: the mean of equal numbers may differ from them by rounding
-    return torch.where(valid & (low < high), centred, 0.0)
+    differ = valid & (low < high) & (divisor != 0)
+    return torch.where(differ, (rewards - mean) / divisor, 0.0)
 
 
 def _nanstd(x: Tensor, dim: int) -> Tensor:
@@ -117,9 +113,11 @@ def multi_objective_advantages(
     """
     if aggregation == "sum_then_normalize":
         return group_advantages(combine_rewards(rewards, weights), scale=scale, eps=eps)
+    check_choice(aggregation, ORDERS, "aggregation")
     each = torch.stack([group_advantages(r, eps=eps) for r in rewards.unbind(-1)], dim=-1)
     total = combine_rewards(torch.where(rewards.isnan(), math.nan, each), weights)  # (P, G)
-    return group_advantages(total.view(1, -1), eps=eps).view_as(total)  # the batch as one group
+    total = group_advantages(total.view(1, -1), eps=eps).view_as(total)  # the batch as one group
+    return torch.where(each.flatten(1).any(dim=1, keepdim=True), total, 0.0)  # but equal rewards
 
 
 def completion_mask(completion_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
@@ -146,14 +144,9 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, *, estimator: str = "k3") -> Te
     k3 (Schulman 2020; GRPO eq. 4) is never negative. The gradients estimate other things than
     the values do: see README, Which KL?, and test_kl_gradients_by_enumeration.
     """
+    check_choice(estimator, ("k1", "k2", "k3"), "kl_estimator")
     d = ref_logps - logps
-    if estimator == "k1":
-        return -d
-    if estimator == "k2":
-        return d.square() / 2
-    if estimator == "k3":
-        return d.expm1() - d
-    raise ValueError(f"kl_estimator = {estimator!r}: must be 'k1', 'k2' or 'k3'")
+    return {"k1": -d, "k2": d.square() / 2, "k3": d.expm1() - d}[estimator]
 
 
 SCALES = ("group", "batch", "none", "mean", "leave_one_out")
@@ -182,16 +175,16 @@ def grpo_loss(
     1. The ratio ρ compares the policy with the one that sampled.
          token      ρ = exp(logp - old_logp)
          sequence   ρ = exp(the row's mean of (logp - old_logp)), one a row; GSPO
-    2. The surrogate is the loss l of one token.
-         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); every other loss_type
+    2. The surrogate is the loss l of one token. (With gmpo all tokens of a row have the same.)
+         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); each loss_type not named below
          cispo      l = -sg(min(ρ, ε₊)) A logp
          sapo       l = -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
          vespo      l = -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's token
                     ratios, within 1e-8 and e^20. (k, λ) = (2, 3) if A >= 0, else (3, 2)
          dppo       l = -sg(min(ρ, 20) v) A logp. v is 0 where the probability p = exp(logp) has
                     moved too far the way A pushes: p - old_p > ε₊ if A > 0, < -ε if not; else 1
-         gmpo       l = -A exp(the row's mean of c), one a row. c = logp - old_logp, clipped to
-                    at most ε₊ if A > 0, to at least -ε if not
+         gmpo       l = -A exp(the row's mean of c). c = logp - old_logp, clipped to at most ε₊
+                    if A > 0, to at least -ε if not
          opmd       l = -A logp + (opmd_tau / 2) (logp - old_logp)²
        β KL is added to it, KL from kl_penalty; times ρ if use_bias_correction_kl.
     3. The aggregation makes one number of all l.
@@ -215,7 +208,7 @@ def grpo_loss(
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, must be {shape} to fit logps")
     check_choice(loss_type, AGGREGATION, "loss_type")
-    check_choice(importance_sampling_level, ("token", "sequence"), "importance_sampling_level")
+    check_choice(importance_sampling_level, LEVELS, "importance_sampling_level")
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError("epsilon_high: cispo needs its cap on the ratio (ScaleRL uses 5.0)")
     if AGGREGATION[loss_type] == "constant" and not max_completion_length:
@@ -230,12 +223,11 @@ def grpo_loss(
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
-    # 1. the ratio. Above 80 exp would overflow float32, and 0 · inf make the gradient NaN
+    # 1. the ratio. Above 88 exp would overflow float32, and 0 · inf make the gradient NaN
     log_ratio = (logps - old_logps).clamp(max=80)
-    if importance_sampling_level == "sequence":
-        ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).exp().expand(B, T)
-    else:
-        ratio = log_ratio.exp()  # (B, T)
+    row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
+    by_row = importance_sampling_level == "sequence"
+    ratio = row_mean(log_ratio).exp().expand(B, T) if by_row else log_ratio.exp()  # (B, T)
 
     # 2. the surrogate, and its diagnostics
     stats: dict[str, Tensor] = {}
@@ -243,8 +235,7 @@ def grpo_loss(
         loss = -ratio.clamp(max=high).detach() * A * logps
         stats["cispo_clip_ratio"] = (ratio > high) & (A > 0)
     elif loss_type == "sapo":
-        positive, negative = map(A.new_tensor, (sapo_temperature_pos, sapo_temperature_neg))
-        tau = torch.where(A > 0, positive, negative)  # (B, 1)
+        tau = torch.full_like(A, sapo_temperature_neg).masked_fill(A > 0, sapo_temperature_pos)
         loss = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * A
     elif loss_type == "vespo":
         log_w = log_ratio.clamp(-20, 20).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)
@@ -259,7 +250,7 @@ def grpo_loss(
         stats["clip_ratio/region_mean"] = ~near
     elif loss_type == "gmpo":
         c = torch.where(A > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-epsilon))
-        loss = (-A * ((c * m).sum(dim=1, keepdim=True) / lengths).exp()).expand(B, T)
+        loss = (-A * row_mean(c * m).exp()).expand(B, T)
         stats["clip_ratio/region_mean"] = c != log_ratio
     elif loss_type == "opmd":
         loss = -A * logps + opmd_tau / 2 * log_ratio.square()
@@ -297,10 +288,9 @@ def grpo_loss(
 def check_settings(settings: Any) -> None:
     """Raises ValueError for a setting that breaks its rules: choices, at_least, above, at_most."""
     holds = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-    for f in dataclasses.fields(settings):
-        value, rules = getattr(settings, f.name), f.metadata
-        if value is None:
-            continue
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        rules: Any = {} if value is None else f.metadata
         if "choices" in rules:
             check_choice(value, rules["choices"], f.name)
         for rule in holds.keys() & rules.keys():
@@ -447,16 +437,16 @@ class GRPOTrainer:
     processing_class: the tokenizer. None: the model's own.
     reference: a callable that returns a context manager, within which the model is the reference
     policy. None: see lora.default_reference.
-    callbacks: called in order after each update with the trainer and its metrics, to which they may
+    callbacks: called in order after each batch with the trainer and its metrics, to which they may
     add. Where one has a method `begin`, that is called when training starts. A Record comes last.
     engine: an object with `generate` and `completion_logps`. None: the functions below.
     Raises ValueError, in one line, for what cannot work.
     """
 
-    step: int  # optimiser updates made
+    step = 0  # optimiser updates made
     end: int  # the update at which this call of train ends
-    tokens: int  # prompt and completion tokens trained on
-    stop: bool  # set from outside: the update in hand is finished, then train returns
+    tokens = 0  # of all prompts and completions sampled for updates
+    stop = False  # set from outside: the batch in hand is finished, then train returns
     samples: Rows  # of the last batch
     eval_samples: Rows  # of an evaluation after it
     reward_metrics: list[Any]  # what reward functions log
@@ -480,32 +470,34 @@ class GRPOTrainer:
         tokens, count = (sum(gather(n)) for n in (int(mask.sum()), len(mask)))  # everywhere
         aggregation = AGGREGATION[args.loss_type]
         normalizer = tokens if aggregation == "token" else count
-        # Half precision would lose gradients of the size 1/tokens. So the loss is multiplied before
-        # the backward pass, by a power of two, which rounds nothing; the gradient is divided after.
+        # The slope at one log-prob is about 1/tokens (luspo: 1/count), which half precision loses.
+        # So the loss is multiplied before the backward pass, by a power of two, which rounds
+        # nothing, and the gradient is divided after it.
         loss_scale = 2.0 ** int(math.log2(max(1, count if aggregation == "row_sum" else tokens)))
         micro_batches = self.micro_batches(rollout, advantages)
 
         for _ in range(args.num_iterations):
-            for parameter in self.params.values():  # not None: perhaps no group has an advantage
+            for parameter in self.params.values():  # zeros: perhaps no group has an advantage
                 parameter.grad = torch.zeros_like(parameter)
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
             total = 0.0
             with evaluating(self.model, adapter_dropout=True):  # in the backward pass as well
                 for batch in micro_batches:
-                    logps, entropies = self.logps(batch.rollout)  # (b, T), (b, T)
-                    # used once, a batch is of the policy as it is: ρ is 1
+                    piece, kept = batch.rollout, batch.rollout.completion_mask
+                    logps, entropies = self.logps(piece)  # (b, T), (b, T)
+                    # a batch that is used once has none: the policy has not moved, and ρ is 1
                     old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
                     loss, stats = grpo_loss(
-                        logps, old_logps, batch.advantages, batch.rollout.completion_mask,
-                        ref_logps=batch.ref_logps,
+                        logps, old_logps, batch.advantages, kept, ref_logps=batch.ref_logps,
                         token_weights=self.token_weights(batch, logps.detach(), old_logps),
                         normalizer=normalizer, **self.objective,
                     )  # fmt: skip
                     (loss * loss_scale).backward()
                     total += loss.item()
-                    stats |= diagnostics(batch.rollout, old_logps, entropies)
-                    parts.append((int(batch.rollout.completion_mask.sum()), stats))
+                    stats["entropy"] = entropies[kept].mean().item()
+                    stats[GAP] = (old_logps - piece.logps)[kept].abs().mean().item()
+                    parts.append((int(kept.sum()), stats))
             if not rollout.logps.isfinite().all():
                 total = math.nan  # a broken policy shows here, also where no group needs a forward
             total, grad_norm = self.reduce_and_clip(total, loss_scale)
@@ -517,7 +509,7 @@ class GRPOTrainer:
             self.step += 1  # skipped or not: the schedule counts updates
             means = {"loss": total, "grad_norm": grad_norm, "skipped_updates": float(not finite)}
             parts.append((1, means | {"learning_rate": self.optimizer.param_groups[0]["lr"]}))
-        self.last_batch = rollout, micro_batches
+        self.last_batch, self.samples = (rollout, micro_batches), samples
         self.tokens += sum(sample["prompt_length"] + sample["length"] for sample in samples)
         metrics = self.summarize(samples, rewards, advantages)
         return metrics | weighted_means(parts) | {"num_tokens": self.tokens}
@@ -526,11 +518,10 @@ class GRPOTrainer:
         """Completions from the policy as it is now, on merged weights where merging is exact. What
         is sampled does not depend on the number of processes, which share one stream of draws."""
         args = self.args
-        prompts = [torch.tensor(self.encode(row)) for row in rows]
+        prompts = [torch.tensor(self.encode(row), device=self.device) for row in rows]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
-        ids = ids.to(self.device)  # (P, L)
-        before = (self.rank * len(rows) * num_generations, args.max_completion_length)
-        torch.rand(*before, generator=self.generator, dtype=torch.float64)  # skip lower ranks'
+        others = (self.rank * len(rows) * num_generations, args.max_completion_length)
+        torch.rand(*others, generator=self.generator, dtype=torch.float64)  # the lower ranks' draws
         with lora_merged(self.model) if self.merges else nullcontext():
             return self.engine.generate(
                 self.model, ids.masked_fill(ids < 0, self.pad_token_id), ids >= 0,
@@ -543,10 +534,10 @@ class GRPOTrainer:
         """Each reward of each completion, (P, G, K) float64 with NaN for None; and samples, which
         record each completion's prompt, text, lengths and rewards. Both are of all processes."""
         G = rollout.num_generations
-        rows = [row for row in rows for _ in range(G)]  # each row G times, as the completions lie
+        rows = [row for row in rows for _ in range(G)]  # the data's row of each completion
         masked = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
         ids = [row_ids[mask].tolist() for row_ids, mask in masked]
-        ends = {*self.eos_token_ids, self.tokenizer.pad_token_id}  # other special tokens are words
+        ends = {*self.eos_token_ids, self.tokenizer.pad_token_id}  # other special tokens are text
         texts = self.tokenizer.batch_decode([[i for i in row if i not in ends] for row in ids])
         # a tag that the template opened at the end of the prompt belongs to what follows it
         tails = zip(rollout.prompt_ids[:, -16:], rollout.prompt_mask[:, -16:], strict=True)
@@ -557,14 +548,13 @@ class GRPOTrainer:
         given: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
         given["log_metric"] = lambda name, x: self.reward_metrics.append((1, {name: float(x)}))
         scores, extra = call_rewards(self.reward_funcs, rows, texts, ids, **given)
-        ended, prompt_lengths = self.ended(rollout).tolist(), rollout.prompt_mask.sum(1).tolist()
-        samples = []
-        for i, row in enumerate(rows):
-            sample = {name: values[i] for name, values in extra.items()}  # below, ours replace them
-            sample |= {"prompt": row["prompt"], "completion": texts[i], "length": len(ids[i])}
-            sample |= {"ended": ended[i], "prompt_length": prompt_lengths[i // G]}
-            named = zip(self.reward_names, scores, strict=True)
-            samples.append(sample | {f"rewards/{name}": values[i] for name, values in named})
+        columns = extra | {  # ours replace what a reward logs by the same name
+            "prompt": [row["prompt"] for row in rows], "completion": texts,
+            "length": [*map(len, ids)], "ended": self.ended(rollout).tolist(),
+            "prompt_length": rollout.prompt_mask.sum(1).repeat_interleave(G).tolist(),
+        }  # fmt: skip
+        columns |= {f"rewards/{n}": s for n, s in zip(self.reward_names, scores, strict=True)}
+        samples = [dict(zip(columns, x, strict=True)) for x in zip(*columns.values(), strict=True)]
         by_row = [[math.nan if r is None else r for r in row] for row in zip(*scores, strict=True)]
         rewards = torch.tensor([*chain(*gather(by_row))], dtype=torch.float64)
         return rewards.view(-1, G, len(scores)), [*chain(*gather(samples))]
@@ -576,8 +566,7 @@ class GRPOTrainer:
 
     def logps(self, rollout: "Rollout") -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of a rollout's tokens, (b, T) each, by the policy as it is."""
-        temperature = self.args.temperature
-        return self.engine.completion_logps(self.model, rollout, temperature=temperature)
+        return self.engine.completion_logps(self.model, rollout, temperature=self.args.temperature)
 
     @torch.no_grad()
     def micro_batches(self, rollout: "Rollout", advantages: Tensor) -> list["MicroBatch"]:
@@ -586,11 +575,10 @@ class GRPOTrainer:
         A group without advantage has no gradient, and needs no forward, unless something else looks
         at it: the KL, the entropies, or other processes that take part in this one's forward."""
         args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
-        advantages = advantages.to(rollout.logps)[self.rank * P :][:P]
+        advantages = advantages.to(rollout.logps)[self.rank * P :][:P]  # this process's groups
         all_groups = args.beta or args.top_entropy_quantile < 1 or self.sharded
-        lengths = rollout.completion_mask.sum(dim=1).view(-1, G).amax(dim=1).tolist()
-        groups = [p for p in range(P) if all_groups or advantages[p].any()]
-        groups.sort(key=lambda p: lengths[p])
+        by_length = rollout.completion_mask.sum(1).view(P, G).amax(1).argsort(stable=True).tolist()
+        groups = [p for p in by_length if all_groups or advantages[p].any()]
         size, batches = max(1, args.per_device_train_batch_size // G), []
         for some in (groups[i : i + size] for i in range(0, len(groups), size)):
             batches.append(MicroBatch(some, rollout.select(some), advantages[some].flatten()))
@@ -607,8 +595,7 @@ class GRPOTrainer:
     def mark_uncertain_tokens(self, batches: list["MicroBatch"]) -> None:
         """Which tokens are in the top quantile of entropy over the whole optimiser batch."""
         with evaluating(self.model):
-            entropies = [self.logps(batch.rollout)[1] for batch in batches]
-        pairs = list(zip(batches, entropies, strict=True))
+            pairs = [(batch, self.logps(batch.rollout)[1]) for batch in batches]
         own = [x for batch, e in pairs for x in e[batch.rollout.completion_mask].tolist()]
         everywhere = torch.tensor([*chain(*gather(own))], dtype=torch.float64)
         share = self.args.top_entropy_quantile
@@ -622,9 +609,7 @@ class GRPOTrainer:
         weights = torch.ones_like(logps) if batch.uncertain is None else batch.uncertain.to(logps)
         if args.sampler_correction != "none":
             bounds = args.sampler_correction_clip_min, args.sampler_correction_clip_max
-            weights = weights * sampler_weights(
-                old_logps, sampled, mask, args.sampler_correction, *bounds
-            )
+            weights *= sampler_weights(old_logps, sampled, mask, args.sampler_correction, *bounds)
         if args.off_policy_mask_threshold is not None:
             gap = (sampled - logps).where(mask, 0).sum(1) / mask.sum(1).clamp(min=1)  # (b,)
             keep = (batch.advantages >= 0) | (gap <= args.off_policy_mask_threshold)
@@ -648,9 +633,10 @@ class GRPOTrainer:
     # ---- running
 
     def train(self, until: int | None = None) -> dict[str, Any]:
-        """Run to max_steps, to update `until`, or until `stop` is set. Returns the last metrics."""
-        args, metrics = self.args, dict[str, Any]()
-        self.end = end = args.max_steps if until is None else min(until, args.max_steps)
+        """Run to max_steps, or to the last whole batch up to update `until`, or until `stop` is
+        set. Returns the last metrics."""
+        args, n, metrics = self.args, self.args.num_iterations, dict[str, Any]()
+        self.end = end = min(args.max_steps, args.max_steps if until is None else until) // n * n
         for callback in self.callbacks:
             if hasattr(callback, "begin"):
                 callback.begin(self)
@@ -658,8 +644,8 @@ class GRPOTrainer:
             metrics = {"step": 0, **self.evaluate()}
             for callback in self.callbacks:
                 callback(self, metrics)
-        n, hidden = args.num_iterations, None if self.rank == 0 else True  # None: unless a terminal
-        for index in tqdm(range(self.step // n, end // n), "GRPO", unit="update", disable=hidden):
+        quiet = None if self.rank == 0 else True  # None: off a terminal
+        for index in tqdm(range(self.step // n, end // n), "GRPO", unit="batch", disable=quiet):
             started, self.eval_samples = time.perf_counter(), []
             self.seed("update", index)
             metrics = self.update(self.batch(index))
@@ -688,7 +674,7 @@ class GRPOTrainer:
         data, size = self.eval_dataset, self.args.prompts_per_step * self.args.num_generations
         if not data:
             raise ValueError("evaluate needs an eval_dataset")
-        training_samples, rewards, samples = self.samples, [], []
+        rewards, samples = [], []
         for start in range(0, len(data), size):
             self.seed("evaluate", start)
             rows = [data[i] for i in range(start, min(start + size, len(data)))]
@@ -697,7 +683,6 @@ class GRPOTrainer:
             rewards.append(scores[: len(rows)])
             samples += some[: len(rows)]
         metrics = self.summarize(samples, torch.cat(rewards))
-        self.samples = training_samples
         self.eval_samples = [{"split": "eval", **sample} for sample in samples]
         return {f"eval_{key}": value for key, value in metrics.items()}
 
@@ -725,7 +710,8 @@ class GRPOTrainer:
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[4:8], "big"))
 
     def summarize(self, samples: Rows, rewards: Tensor, advantages: Any = None) -> dict[str, Any]:
-        """TRL's metrics of some completions and their rewards (P, G, K). Keeps the samples."""
+        """TRL's metrics of some completions and their rewards (P, G, K). Samples are given their
+        advantages, where there are any."""
         total = combine_rewards(rewards, self.reward_weights)  # (P, G)
         lengths = torch.tensor([float(s["length"]) for s in samples])
         ended = lengths[torch.tensor([s["ended"] for s in samples])]
@@ -742,9 +728,8 @@ class GRPOTrainer:
         if advantages is not None:
             metrics["reward_std"] = _nanstd(total.flatten(), dim=0).item()
             metrics["frac_reward_zero_std"] = (~advantages.any(dim=1)).double().mean().item()
-            given, G = advantages.flatten().tolist(), advantages.shape[1]
-            samples = [s | {"advantage": given[i], "group": i // G} for i, s in enumerate(samples)]
-        self.samples = samples
+            for i, advantage in enumerate(advantages.flatten().tolist()):
+                samples[i] |= {"advantage": advantage, "group": i // advantages.shape[1]}
         return metrics
 
     # ---- setting up
@@ -758,7 +743,7 @@ class GRPOTrainer:
         if isinstance(model, str):
             raise ValueError(f"model: load it: AutoModelForCausalLM.from_pretrained({model!r})")
         self.model: Any = model
-        self.args = args = dataclasses.replace(args)  # ours: the caller's stays as it is
+        self.args = args = replace(args)  # ours: the caller's stays as it is
         self.engine = engine or sys.modules[__name__]
         self.rank, self.world = rank_and_world()
         if args.prompts_per_step % self.world:
@@ -793,10 +778,8 @@ class GRPOTrainer:
         self.eos_token_ids = [i for i in dict.fromkeys(named) if i is not None]  # every one counts
         if not self.eos_token_ids:
             raise ValueError("no completion could end: the tokenizer has no EOS; set its eos_token")
-        padding = self.tokenizer.pad_token_id
+        self.pad_token_id = self.eos_token_ids[0]  # any token does: padding is masked
         vocabulary = lm.core.get_input_embeddings().weight.shape[0]
-        fits = padding is not None and padding < vocabulary  # any id that does: padding is masked
-        self.pad_token_id = padding if fits else self.eos_token_ids[0]
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         window = getattr(lm.core.config.get_text_config(), "max_position_embeddings", None)
         room = (window or math.inf) - args.max_completion_length
@@ -830,7 +813,6 @@ class GRPOTrainer:
         if args.output_dir and not any(isinstance(c, Record) for c in callbacks):
             self.callbacks.append(Record())
 
-        self.step, self.end, self.tokens, self.stop = 0, args.max_steps, 0, False
         self.samples, self.eval_samples, self.reward_metrics = [], [], []
         self.generator = torch.Generator()  # of the rollouts; see seed
 
@@ -880,13 +862,6 @@ def sampler_weights(
     return bounded if how == "truncate" else torch.where(ratio == bounded, ratio, 0.0)
 
 
-def diagnostics(rollout: "Rollout", old_logps: Tensor, entropies: Tensor) -> dict[str, float]:
-    """Of a micro-batch: the policy's entropy, and how far its log-probs are from the sampler's."""
-    mask = rollout.completion_mask
-    gap = (old_logps - rollout.logps).abs()[mask].mean().item()
-    return {"entropy": entropies[mask].mean().item(), GAP: gap}
-
-
 def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     """Means of named numbers over parts, such as micro-batches by tokens, of all processes."""
     sums: dict[str, tuple[float, int]] = {}
@@ -932,7 +907,7 @@ def default_learning_rate(model: nn.Module) -> float:
 
 
 class Record:
-    """A callback: metrics.jsonl gets a line per update, completions.jsonl one per sample shown."""
+    """A callback: metrics.jsonl gets a line per batch, completions.jsonl one per sample shown."""
 
     shown = 8  # samples of each batch
 
@@ -997,15 +972,16 @@ def generate(
     max_completion_length: int, temperature: float, eos_token_ids: Sequence[int],
     pad_token_id: int, generator: torch.Generator | None = None,
 ) -> Rollout:  # fmt: skip
-    """Sample G completions of each prompt from softmax(logits / temperature), untruncated.
+    """Sample G completions of each prompt from the whole of softmax(logits / temperature).
 
     This is the very policy that is scored: no top-k, top-p or penalties, and eval mode.
     prompt_ids, prompt_mask: (P, L), left-padded. eos_token_ids: each of them ends a row; [] for
-    full length. A prompt is read once and its keys and values are repeated for its G rows. A row
-    that ended leaves the batch. The draws, (B, max_completion_length) uniform numbers, are made
-    first and belong to their rows: what one row does changes no other.
+    full length. Where the model has a cache, a prompt is read once, and its keys and values are
+    repeated for its G rows. A row that ended leaves the batch. The draws are uniform numbers (B,
+    max_completion_length), made first. They belong to their rows: what one does changes no other.
     """
-    lm, G, device = CausalLM.of(model), num_generations, prompt_ids.device
+    lm = model if isinstance(model, CausalLM) else CausalLM(model)
+    G, device = num_generations, prompt_ids.device
     drawn_on = generator.device if generator else "cpu"  # the same draws wherever the model is
     size = (len(prompt_ids) * G, max_completion_length)
     draws = torch.rand(*size, generator=generator, dtype=torch.float64, device=drawn_on)
@@ -1017,10 +993,9 @@ def generate(
             parts.append(_write_rows(lm, prompt, seen, draws[rows], temperature, eos))
     ids, logps = (torch.cat(part) for part in zip(*parts, strict=True))
     mask = completion_mask(ids, eos_token_ids)
+    completions = ids.masked_fill(~mask, pad_token_id), mask, logps.masked_fill(~mask, 0)
     T = int(mask.sum(dim=1).max())
-    ids, mask, logps = ids[:, :T], mask[:, :T], logps[:, :T]
-    ids, logps = ids.masked_fill(~mask, pad_token_id), logps.masked_fill(~mask, 0)
-    return Rollout(prompt_ids, prompt_mask, ids, mask, logps)
+    return Rollout(prompt_ids, prompt_mask, *(x[:, :T] for x in completions))
 
 
 def _write_rows(
@@ -1044,7 +1019,7 @@ def _write_rows(
         ids[rows, t] = tokens.squeeze(1)
         logps[rows, t] = log_probs.gather(1, tokens).squeeze(1)
         going = going & (tokens != eos).all(dim=1)
-        left = int(going.sum())  # the one number a token that is asked of the device
+        left = int(going.sum())  # the only number that a step waits for
         if left == 0 or t + 1 == steps:
             break
         context, seen = torch.cat([context, tokens], dim=1), pad(seen, (0, 1), value=True)
@@ -1093,7 +1068,8 @@ def completion_logps(
     values are repeated for its G rows; gradients flow back through the repeat. Otherwise, and where
     there is no cache to repeat, each row is read whole, to the same effect.
     """
-    lm, mask = CausalLM.of(model), rollout.completion_mask
+    lm = model if isinstance(model, CausalLM) else CausalLM(model)
+    mask = rollout.completion_mask
     hidden = _completion_hidden(lm, rollout, share_prompt)  # (B, T, H)
     if not mask.any():
         zero = hidden.sum(dim=-1) * 0.0  # keeps the graph: backward works, and gives zeros
@@ -1108,11 +1084,10 @@ def _completion_hidden(lm: "CausalLM", rollout: Rollout, share_prompt: bool) -> 
     """(B, T, H): the hidden state before each completion token, which predicts that token."""
     G, T = rollout.num_generations, rollout.completion_ids.shape[1]
     modules = [m for m in lm.core.modules() if getattr(m, "gradient_checkpointing", False)]
-    dropped = torch.is_grad_enabled() and any(m.training for m in modules)
-    share = share_prompt and lm.takes_cache and not dropped  # transformers drops the cache there
+    again = torch.is_grad_enabled() and any(m.training for m in modules)  # in the backward pass
+    share = share_prompt and lm.takes_cache and not again  # transformers then drops the cache
     parts = []
-    prompts = lm.prompt_batches(rollout.prompt_ids, rollout.prompt_mask, G, together=share)
-    for prompt, seen, rows in prompts:
+    for prompt, seen, rows in lm.prompt_batches(rollout.prompt_ids, rollout.prompt_mask, G, share):
         inputs = rollout.completion_ids[rows, : T - 1]  # the last token predicts nothing here
         all_seen = pad(seen.repeat_interleave(G, dim=0), (0, T - 1), value=True)
         if share:
@@ -1159,11 +1134,6 @@ class CausalLM:
             kinds = {type(layer) for layer in DynamicCache(config=self.core.config).layers}
             self.takes_cache = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
-    @classmethod
-    def of(cls, model: Any) -> "CausalLM":
-        """model, taken apart if it is not yet. So generate and completion_logps take either."""
-        return model if isinstance(model, CausalLM) else cls(model)
-
     def prompt_batches(
         self, ids: Tensor, mask: Tensor, G: int, together: bool = True
     ) -> Iterator[tuple[Tensor, Tensor, slice]]:
@@ -1173,9 +1143,8 @@ class CausalLM:
         padding included; where a recurrent state runs through the padding; and with eager attention
         in float64, where rows that see nothing become NaN (-1.8e308 is -inf to float32) and spread.
         """
-        eager = self.core.config._attn_implementation == "eager"
-        safe = self.takes_cache and self.takes_positions
-        safe = safe and not (eager and self.core.dtype == torch.float64)
+        kind = self.core.config._attn_implementation, self.core.dtype
+        safe = self.takes_cache and self.takes_positions and kind != ("eager", torch.float64)
         size = len(ids) if together and safe else 1
         for p in range(0, len(ids), size):
             used = mask[p : p + size].any(dim=0)
@@ -1308,8 +1277,7 @@ def check_dataset(
     for i in range(len(rows)):
         row = rows[i]
         try:
-            columns = [key for key in row if key != "prompt"]
-            has = f"the row has {', '.join(columns) or 'no column but prompt'}"
+            has = f"the row has {', '.join(row) or 'no column'}"
             if "prompt" not in row:
                 raise ValueError(f"'prompt' is missing (--prompt_column names another); {has}")
             for name in {"tools", "image", "images", "environment"} & row.keys():
@@ -1319,10 +1287,11 @@ def check_dataset(
                 raise ValueError(f"the prompt has {len(ids)} tokens; between 1 and {room:g} fit")
             if max(ids) >= vocabulary:
                 raise ValueError(f"token {max(ids)} is beyond the model's {vocabulary} embeddings")
-            answer = ["answer"] if "solution" in row else []
+            columns = given + [key for key in row if key != "prompt"]
+            columns += ["answer"] if "solution" in row else []
             for function in reward_funcs:
                 try:
-                    inspect.signature(function).bind(**dict.fromkeys(given + columns + answer))
+                    inspect.signature(function).bind(**dict.fromkeys(columns))
                 except TypeError as error:
                     raise ValueError(f"reward {reward_name(function)}: {error}; {has}") from None
                 check_gold(function, row)

@@ -71,36 +71,31 @@ def unwrap(text: str) -> str:
 def _last_boxed(text: str) -> str:
     r"""What stands in the last \boxed{...} that closes and is not empty, or the number in the last
     \boxed 2; of nested ones the inner; or ''."""
-    open_braces: list[tuple[bool, int]] = []  # (is it a \boxed?, where its content starts)
-    start, last = -1, ""
-    pattern = r"(\\boxed\s*\{)|\\boxed\s+([+-]?[0-9.,/]*[0-9])|\\.|[{}]"
+    starts: list[int] = []  # where the content of each open \boxed{ starts; -1 for other braces
+    last = (0, 0)  # (start, end) of the content that starts last, so of nested ones the inner
+    pattern = r"(\\boxed\s*\{(?!\s*\}))|\\boxed\s+([+-]?[0-9.,/]*[0-9])|\\.|[{}]"
     for match in re.finditer(pattern, text, re.DOTALL):
         if match[2]:
-            start, last = match.start(2), match[2]
+            last = match.span(2)
         elif match[1] or match[0] == "{":
-            open_braces.append((bool(match[1]), match.end()))
-        elif match[0] == "}" and open_braces:
-            boxed, begin = open_braces.pop()
-            if boxed and begin > start and text[begin : match.start()].strip():
-                start, last = begin, text[begin : match.start()]
-    return last
+            starts.append(match.end() if match[1] else -1)
+        elif match[0] == "}" and starts:
+            last = max(last, (starts.pop(), match.start()))
+    return text[slice(*last)]
 
 
 # -------------------------------------------------------------------------------- comparing answers
 
-_TEXT = r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf))\s*\{([^{}]*)\}"
 _REWRITES = [  # notations that do not change the meaning, one after the other
-    (_TEXT, r" \1 "),
+    (r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf))\s*\{([^{}]*)\}", r" \1 "),
     (r"(?<=[0-9])(?<!\b0)(?:\{,\}|,\\!|\\,)(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}000
     (r"\\(?:left|right)(?![A-Za-z])|(?<!\\)(?:\\[!()[\]]|\$)", ""),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\(le|ge|ne)q(?![A-Za-z])", r"\\\1"),
+    (r"\\(?:[dtc](frac)|(le|ge|ne)q)(?![A-Za-z])", r"\\\1\2"),  # \dfrac is \frac, \leq is \le
     (r"[\u2212\u2012\u2013\u2014]", "-"),
     (r"\\%", "%"),
     (r"°|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
-    (r"(?:(?<!\\)\\[ ,;:]|~|\\q?quad(?![A-Za-z])|\s)+", " "),
-    (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"),  # a space counts between letters or digits
-    (r"(?<![^\W_]) | (?![^\W_])|(?<=[0-9]) (?=[A-Za-z])", ""),
+    (r"(?:(?<!\\)\\[ ,;:]|~|\\q?quad(?![A-Za-z])|\s)+", " "),  # counts between letters or digits
+    (r"(\\[A-Za-z]+) (?![A-Za-z])|(?<![^\W_]) | (?![^\W_])|(?<=[0-9]) (?=[A-Za-z])", r"\1"),
     (r"(\\frac|\\sqrt(?:\[[^\]]*\])?|[\^_]) ?([0-9A-Za-z])", r"\1{\2}"),  # TeX takes one character
     (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9A-Za-z])", r"\1{\2}"),
     (r"^([+-]?)10\^", r"\g<1>1\\times10^"),
@@ -114,15 +109,14 @@ _NUMBER = (  # where it stands alone, or alone between brackets and commas
     r"(%?)(?=$|[)\]},;&]|\\[\\}]|\\end)"
 )
 _UNIT = re.compile(  # \text{ cm}^2, or up to three words, if they make no other number of it; $, °
-    r"(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)(?=[a-z]{4})"
+    r"(?i)(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)(?=[a-z]{4})"
     r"|(?=(?:[ckm]m|[km]g|in|ft|mi|lb|hrs?|min|sec|mph|days?|men)\b))"
-    r"(?![a-z/\s]{0,40}\b(?:hundred|thousand|[a-z]+illion|lakh|dozen|percent|cent|hal(?:f|ve)|"
-    r"third|quarter|(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th|squared|cubed|factorial|"
-    r"one|two|three|four|five|six|seven|eight|nine|ten|root|sqrt|pi|mod|base|sin|cos|tan|log|and|"
-    r"or|to|of|out|plus|minus|times|over|by|below|zero|[ap]m)s?\b)"
+    r"(?![a-z/\s]{0,40}\b(?:(?:six|seven|ten|hundred|thousand)(?:th)?|fifth|eighth|ninth|third|"
+    r"one|two|three|four|five|eight|nine|zero|[a-z]+illion|lakh|dozen|percent|cent|half|halve|"
+    r"quarter|squared|cubed|factorial|root|sqrt|pi|mod|base|sin|cos|tan|log|and|or|to|of|out|"
+    r"plus|minus|times|over|by|below|[ap]m)s?\b)"
     r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
-    r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})",
-    re.IGNORECASE,
+    r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
 )
 _LONGEST = 1000  # characters; anything longer is compared as it stands, so that time stays linear
 
@@ -138,8 +132,7 @@ def canonical_answer(answer: Any) -> Fraction | str:
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
     """
-    visible = lambda c: unicodedata.category(c) != "Cf"  # no direction marks, no joiners
-    text = unwrap("".join(filter(visible, str(answer))))
+    text = unwrap("".join(c for c in str(answer) if unicodedata.category(c) != "Cf"))  # invisible
     if len(text) > _LONGEST:
         return text
     if not re.search(r"[(\[{]", text):  # there a comma separates elements
@@ -160,11 +153,10 @@ def _value(match: re.Match[str]) -> str:
     """The number in a match of _NUMBER as a fraction in lowest terms; the text where it is none."""
     sign, whole, above, below, n, d, power, percent = match.groups()
     top, bottom = above or n, Fraction(below or d or 1)
-    if not bottom:
-        return match[0]
-    value = Fraction(top) * Fraction(10) ** int(power or 0) / bottom
-    if whole and not ((below or d) and top[0] != "0" and 0 < value < 1):
-        return match[0]  # 1 1/2 is a number, 1 000/3 is none
+    value = bottom and Fraction(top) * Fraction(10) ** int(power or 0) / bottom
+    mixed = (below or d) and top[0] != "0" and 0 < value < 1
+    if not bottom or (whole and not mixed):
+        return match[0]  # 1 1/2 is a number, 1 000/3 is none, nor is 1/0
     value = (int(whole or 0) + value) / (100 if percent else 1)
     return str(-value if sign == "-" else value)
 
@@ -195,10 +187,9 @@ def answers_match(answer: Any, gold: Any) -> bool:
 
 def accuracy_reward(prompts, completions, answer, **columns) -> Rewards:
     """1 if the marked answer equals the gold one, else 0; None where there is no gold answer."""
-    return [
-        None if gold is None else float(answers_match(extract_answer(completion_text(text)), gold))
-        for text, gold in zip(completions, map(gold_answer, answer), strict=True)
-    ]
+    found = [extract_answer(completion_text(completion)) for completion in completions]
+    pairs = zip(found, map(gold_answer, answer), strict=True)
+    return [None if gold is None else float(answers_match(text, gold)) for text, gold in pairs]
 
 
 def gold_answer(gold: Any) -> Any:
@@ -241,8 +232,8 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 def format_reward(prompts, completions, **columns) -> Rewards:
     """1 for <think>...</think> <answer>...</answer>, each tag once, nothing around them; else 0."""
-    layout = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
-    fits = lambda text: layout.fullmatch(text) and all(text.count(tag) == 1 for tag in TAGS)
+    layout = re.compile(r"(?s)\s*<think>.*</think>\s*<answer>.*</answer>\s*")  # slow if tags repeat
+    fits = lambda text: all(text.count(tag) == 1 for tag in TAGS) and layout.fullmatch(text)
     return [float(bool(fits(completion_text(c)))) for c in completions]
 
 
@@ -251,15 +242,11 @@ def tag_count_reward(prompts, completions, **columns) -> Rewards:
     return [sum(0.25 for tag in TAGS if completion_text(c).count(tag) == 1) for c in completions]
 
 
-_STEP = re.compile(
-    r"^[ \t]{0,8}(?:Step [0-9]{1,9}:|[0-9]{1,9}[.)]|[-*])|\b(?:First|Second|Third|Next|Finally),",
-    re.MULTILINE,
-)
-
-
 def reasoning_steps_reward(prompts, completions, **columns) -> Rewards:
     """min(1, steps / 3). Steps: numbered or bulleted lines, "Step 1:", "First,", "Next," ..."""
-    return [min(1.0, sum(1 for _ in _STEP.finditer(completion_text(c))) / 3) for c in completions]
+    line = r"^[ \t]{0,8}(?:Step [0-9]{1,9}:|[0-9]{1,9}[.)]|[-*])"
+    step = re.compile(line + r"|\b(?:First|Second|Third|Next|Finally),", re.MULTILINE)
+    return [min(1.0, len(step.findall(completion_text(c))) / 3) for c in completions]
 
 
 def _lengths(completions: Any, completion_ids: Any) -> list[int]:
@@ -269,9 +256,7 @@ def _lengths(completions: Any, completion_ids: Any) -> list[int]:
 
 def length_reward(prompts, completions, answer, completion_ids=None, **columns) -> Rewards:
     """Shorter is better within a group: λ = 1/2 - (len - min)/(max - min); min(0, λ) if wrong.
-
-    0 where all are equally long; None where there is no gold answer. (Kimi k1.5, section 2.3.3)
-    """
+    0 where all are equally long; None where there is no gold answer. (Kimi k1.5, section 2.3.3)"""
     graded = accuracy_reward(prompts, completions, answer)
     rows = zip(prompts, graded, _lengths(completions, completion_ids), strict=True)
     scores: Rewards = []
@@ -292,14 +277,12 @@ def cosine_reward(
     from max_value_correct down to min_value_correct, wrong ones from min_value_wrong up to
     max_value_wrong (Yeo et al. 2025). None without a gold answer."""
     longest: Any = max_len or getattr(trainer_state, "max_completion_length", 1000)
-    scores: Rewards = []
     lengths = _lengths(completions, completion_ids)
-    for right, length in zip(accuracy_reward(prompts, completions, answer), lengths, strict=True):
-        short = max_value_correct if right else min_value_wrong
-        long = min_value_correct if right else max_value_wrong
-        cosine = math.cos(math.pi * min(1.0, length / longest))
-        scores.append(None if right is None else long + 0.5 * (short - long) * (1 + cosine))
-    return scores
+    wave = [(1 + math.cos(math.pi * min(1.0, n / longest))) / 2 for n in lengths]  # from 1 to 0
+    right = lambda w: min_value_correct + (max_value_correct - min_value_correct) * w
+    wrong = lambda w: max_value_wrong + (min_value_wrong - max_value_wrong) * w
+    pairs = zip(accuracy_reward(prompts, completions, answer), wave, strict=True)
+    return [None if ok is None else right(w) if ok else wrong(w) for ok, w in pairs]
 
 
 def repetition_penalty_reward(
@@ -323,14 +306,10 @@ def soft_overlong_penalty(
     return [0.0 if n <= 0 else -1.0 if n >= cache else -n / cache for n in over]
 
 
-REWARDS: dict[str, Callable[..., Any]] = {
-    reward.__name__.removesuffix("_reward"): reward
-    for reward in (
-        accuracy_reward, math_verify_reward, format_reward, tag_count_reward,
-        reasoning_steps_reward, length_reward, cosine_reward, repetition_penalty_reward,
-        soft_overlong_penalty,
-    )
-}  # fmt: skip
+REWARDS: dict[str, Callable[..., Any]] = {f.__name__.removesuffix("_reward"): f for f in (
+    accuracy_reward, math_verify_reward, format_reward, tag_count_reward, reasoning_steps_reward,
+    length_reward, cosine_reward, repetition_penalty_reward, soft_overlong_penalty,
+)}  # fmt: skip
 
 # ------------------------------------------------------------------------- calling reward functions
 
@@ -361,15 +340,13 @@ def call_rewards(
     """Every function's scores of the completions, and what they logged of each with log_extra.
     rows: the data's row of each completion. `solution` serves as `answer` where that is missing."""
     extra: dict[str, list[Any]] = {}
+    rows = [{"answer": row["solution"], **row} if "solution" in row else row for row in rows]
     names = dict.fromkeys(itertools.chain(*rows))
     columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
-    if "solution" in columns:
-        columns["answer"] = [row.get("answer", row.get("solution")) for row in rows]
-    columns["prompts"] = columns.pop("prompt")
+    prompts = columns.pop("prompt")
     chat = lambda text: [{"role": "assistant", "content": text}]
-    pairs = zip(columns["prompts"], texts, strict=True)
-    columns["completions"] = [t if isinstance(prompt, str) else chat(t) for prompt, t in pairs]
-    columns["completion_ids"] = ids
+    replies = [t if isinstance(p, str) else chat(t) for p, t in zip(prompts, texts, strict=True)]
+    columns |= {"prompts": prompts, "completions": replies, "completion_ids": ids}
     given["log_extra"] = extra.__setitem__
     # each gets lists of its own, as it may change what it gets
     scores = [call_reward(f, len(rows), copy.deepcopy(columns) | given) for f in functions]

@@ -220,6 +220,12 @@ def test_several_rewards_are_weighted_once_and_none_is_not_zero():
     got = multi_objective_advantages(rewards, weights, aggregation="normalize_then_sum")
     torch.testing.assert_close(got[0, [0, 1, 3]], (summed - summed.mean()) / (summed.std() + 1e-4))
     assert got[0, 2] == 0
+    # a group of equal rewards is left out of what the batch's mean would make of it
+    more = torch.cat([rewards, torch.full_like(rewards, 0.3)])
+    got = multi_objective_advantages(more, weights, aggregation="normalize_then_sum")
+    assert got[0].any() and not got[1].any()
+    with pytest.raises(ValueError, match="aggregation: 'sum' is unknown"):
+        multi_objective_advantages(rewards, weights, aggregation="sum")
 
 
 # --------------------------------------------------------------------------------------------- mask

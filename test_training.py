@@ -1197,6 +1197,14 @@ def test_a_trainer_that_cannot_work_says_so():
     assert rewards.accuracy_reward(None, [rf"\boxed{{{title}}}"], [title]) == [1.0]
 
 
+def test_training_until_the_middle_of_a_batch_ends_before_it_as_an_end_ends():
+    seen = []
+    note = lambda t, metrics: seen.append((t.step, t.end, "eval_reward" in metrics))
+    options = {"num_iterations": 2, "max_steps": 8, "callbacks": [note], "eval_rows": ROWS[:2]}
+    assert trainer(**options).train(until=5)["step"] == 4
+    assert seen == [(0, 4, True), (2, 4, False), (4, 4, True)]
+
+
 def test_a_trainer_goes_on_from_the_state_of_another():
     """Weights, moments, schedule and reference: the next update is the same, to the bit."""
     settings = {"beta": 0.1, "lr_scheduler_type": "linear", "max_steps": 4}
