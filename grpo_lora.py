@@ -456,7 +456,8 @@ class GRPOTrainer:
 
     def update(self, rows: Rows) -> dict[str, Any]:
         """GRPO, in full: one batch of prompts, and the optimiser updates made with it. (`params`
-        require gradients, `objective` has settings of the loss, a MicroBatch is whole groups.)"""
+        require gradients, `objective` has settings of the loss, `schedule` gives a factor of the
+        rate from the updates made, a MicroBatch is whole groups.)"""
         args, parts = self.args, []
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
         rewards, samples = self.score(rows, rollout)  # (P, G, K), of all processes

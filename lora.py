@@ -43,7 +43,7 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
 
 @dataclass
 class LoRAConfig:
-    """What to adapt and how. Names, meanings and defaults are PEFT's."""
+    """What to adapt and how. Names, meanings and defaults are PEFT's (its target_modules: None)."""
 
     r: int = setting(8, "Rank of the update B A.")
     lora_alpha: float = setting(8, "The update is scaled by s = lora_alpha / r.")

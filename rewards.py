@@ -2,13 +2,13 @@
 
 A reward function is called by keyword with `prompts`, `completions` and every column of the data as
 a list. It returns one float per completion, or None for "not applicable". That is TRL's and
-open-r1's signature: theirs run here unchanged, and these run there. Completions are strings, or
-lists of chat messages. The trainer also passes completion_ids, trainer_state, log_extra and
-log_metric. `async def` is fine.
+open-r1's signature: theirs run here unchanged, and ours run there on data with an answer column.
+Completions are strings, or lists of chat messages. The trainer also passes completion_ids,
+trainer_state, log_extra and log_metric. `async def` is fine.
 
 The functions here return for any text, in time linear in its length, and evaluate nothing that a
-model wrote. (math_verify, the library's checker, parses it.) Their names and parameters are those
-of open-r1, src/open_r1/rewards.py; where a meaning differs the function says so.
+model wrote. (math_verify, the library's checker, parses it.) Most are modelled on open-r1's, in
+src/open_r1/rewards.py; but tags need no line breaks, and lengths are in tokens, within a group.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ def completion_text(completion: Any) -> str:
 def extract_answer(text: str) -> str | None:
     r"""The answer that a text marks as its own, or None. Looked for after the last </think>:
 
-    1. the last complete \boxed{...} (the innermost, braces balanced)
+    1. the last complete \boxed{...} that is not blank (the innermost, braces balanced)
     2. the last complete <answer>...</answer>
     3. the rest of the line after the last ####, as in GSM8K
 
@@ -111,10 +111,10 @@ _NUMBER = (  # where it stands alone, or alone between brackets and commas
 _UNIT = re.compile(  # \text{ cm}^2, or up to three words, if they make no other number of it; $, °
     r"(?i)(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)(?=[a-z]{4})"
     r"|(?=(?:[ckm]m|[km]g|in|ft|mi|lb|hrs?|min|sec|mph|days?|men)\b))"
-    r"(?![a-z/\s]{0,40}\b(?:(?:six|seven|ten|hundred|thousand)(?:th)?|fifth|eighth|ninth|third|"
-    r"one|two|three|four|five|eight|nine|zero|[a-z]+illion|lakh|dozen|percent|cent|half|halve|"
-    r"quarter|squared|cubed|factorial|root|sqrt|pi|mod|base|sin|cos|tan|log|and|or|to|of|out|"
-    r"plus|minus|times|over|by|below|[ap]m)s?\b)"
+    r"(?![a-z/\s]{0,40}\b(?:(?:four|six|seven|ten|hundred|thousand|[a-z]+illion)(?:th)?|third|fifth|"
+    r"eighth|ninth|twelfth|[a-z]+teenth|one|two|three|five|eight|nine|zero|lakh|dozen|percent|cent|"
+    r"half|halve|quarter|squared|cubed|factorial|repeating|recurring|binary|root|sqrt|pi|mod|base|"
+    r"sin|cos|tan|log|and|or|to|of|out|plus|minus|times|over|by|below|[ap]m)s?\b)"
     r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
     r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
 )
@@ -127,7 +127,7 @@ def canonical_answer(answer: Any) -> Fraction | str:
     Numbers: 42, -3, 1,234, .5, 3/4, 1 1/2, 50% (= 1/2), 1e3, 2\times10^3, \frac12, 1\frac{1}{2}.
     ASCII digits only. Sets, tuples, intervals and matrices: element by element; sets in any order.
     All else as it stands, but for notations that mean the same. White space counts between two
-    letters or two digits, and case in all but words (\Gamma is not \gamma, nor R r).
+    letters or two digits, and case in all but words (\Gamma is not \gamma, nor is R - r r - R).
 
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
@@ -194,7 +194,7 @@ def accuracy_reward(prompts, completions, answer, **columns) -> Rewards:
 
 def gold_answer(gold: Any) -> Any:
     r"""The gold answer in a field of the data, None where that is empty or NaN. A list of one is
-    that one. A text that marks its answer (with \boxed{} or ####) is read like a completion."""
+    that one. A text that marks its answer (as in extract_answer) is read like a completion."""
     gold = gold[0] if isinstance(gold, list | tuple) and len(gold) == 1 else gold
     missing = gold is None or gold != gold or not str(gold).strip("[] \n\t")
     return None if missing else extract_answer(str(gold)) or gold
@@ -213,7 +213,7 @@ def check_gold(function: Callable[..., Any], row: Any) -> None:
 
 def math_verify_reward(prompts, completions, answer, **columns) -> Rewards:
     """accuracy_reward by the library math-verify, as TRL calls it: it knows symbolic mathematics,
-    and may take 10 s for an answer. None where it cannot parse the gold answer."""
+    and may take 10 s to parse an answer, and to compare it. None for a gold it cannot parse."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 

@@ -1314,6 +1314,8 @@ def test_decimals_percent_separators_and_exponents_are_exact(n, places):
         (r"10\text{ cm}", "10 cm", True), (r"15\mbox{ cm}^2", r"15\text{ cm}^{2}", True),
         (r"15\text{ cm}^2", r"15\text{ cm}^3", False), (r"5\mbox{ units}", "5", True),
         ("5 apples", "5", True), ("5 apples", "5 oranges", False), ("10x", "10", False),
+        ("3 fourths", "3", False), ("7 millionths", "7", False), ("0.3 repeating", "0.3", False),
+        ("3 sixteenths", "3", False), ("5 twelfths", "5", False), ("101 binary", "101", False),
         ("10 xy", "10", False), (r"5\text{ million}", "5", False), ("5 dozen", "5", False),
         (r"5\text{ (mod 7)}", "5", False), ("5:00 p.m.", "5:00", False), ("7 pm", "7", False),
         ("30°", r"30^{\circ}", True), ("30", r"30^\circ", True), (r"\$18", "18", True),
@@ -1401,6 +1403,12 @@ def test_rewards_take_time_linear_in_the_text(piece):
     assert answers_match(text[:1000], text[1:1001]) in (True, False)
     # some 0.3 s where this was written; quadratic would be minutes
     assert time.process_time() - start < 5.0
+
+
+def test_the_layout_of_many_repeated_tags_is_refused_at_once():
+    text, start = "<think>" + "</think><answer></answer>" * 12_000 + "x", time.process_time()
+    assert REWARDS["format"](prompts=["p"], completions=[text]) == [0.0]
+    assert time.process_time() - start < 1.0  # a regular expression alone backtracks for 8 s
 
 
 def test_reward_values_by_hand():

@@ -382,6 +382,19 @@ GALLERY = [
         "this project", "grpo_lora.py",
         "held.update(dict.fromkeys(rates, 0.0), training=", "held.update(training=",
         "test_a_dropout_rate_that_layers_hold_as_a_number_does_not_act_under_checkpointing"),
+    Bug(49, "a layout is looked for by a regular expression that takes quadratic time",
+        "this project", "rewards.py",
+        "all(text.count(tag) == 1 for tag in TAGS) and layout.fullmatch(text)",
+        "layout.fullmatch(text) and all(text.count(tag) == 1 for tag in TAGS)",
+        "test_the_layout_of_many_repeated_tags_is_refused_at_once"),
+    Bug(50, "equal rewards get what is left when the batch's mean is taken off",
+        "this project", "grpo_lora.py",
+        "return torch.where(each.flatten(1).any(dim=1, keepdim=True), total, 0.0)", "return total",
+        "test_several_rewards_are_weighted_once_and_none_is_not_zero"),
+    Bug(51, "five twelfths is five, with a unit",
+        "this project", "rewards.py",
+        "|twelfth|[a-z]+teenth|", "|",
+        "test_answers_match_examples"),
 ]
 # fmt: on
 
