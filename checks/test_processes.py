@@ -1,5 +1,6 @@
 """Several processes make the update of one, stop together, and notice when one is gone."""
 
+import functools
 import json
 import os
 import signal
@@ -25,13 +26,33 @@ from test_training import EOS, ROWS, adapters_of, prompts, sample, tiny_model, u
 # -------------------------------------------------------------------------------- several processes
 
 
+@functools.cache
+def nursery() -> subprocess.Popen:
+    """A process that has imported all and computed nothing. What forks from it may train: where a
+    backward pass has run, it may not."""
+    code = "from checks import test_processes as t; t.fork_on_request()"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": HERE}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, **options)
+
+
+def fork_on_request() -> None:
+    for line in sys.stdin:
+        world, job, folder = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.dup2(2, 1)  # what a job prints is no answer
+            fork_ranks(world, globals()[job], folder)
+            os._exit(0)
+        print(os.waitpid(child, 0)[1], flush=True)
+
+
 def on_ranks(world: int, job, folder: Path) -> list:
     """Run a function of this file in `world` processes joined by gloo; what each returned, or its exit status."""
-    code = "import sys; from checks import test_processes as t; t.fork_ranks(int(sys.argv[1]), getattr(t, sys.argv[2]), sys.argv[3])"
-    command = [sys.executable, "-c", code, str(world), job.__name__, str(folder)]
-    subprocess.run(
-        command, cwd=HERE, check=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    )
+    parent = nursery()
+    parent.stdin.write(json.dumps([world, job.__name__, str(folder)]) + "\n")
+    parent.stdin.flush()
+    assert parent.stdout.readline() == "0\n"
     results = [folder / f"rank-{rank}.pt" for rank in range(world)]
     return [torch.load(path, weights_only=True) if path.exists() else None for path in results]
 
