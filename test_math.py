@@ -714,6 +714,23 @@ def test_a_variant_is_a_row_of_settings_that_a_config_takes(name):
     )
 
 
+def test_the_numbers_of_the_papers():
+    sequence = {"importance_sampling_level": "sequence"}
+    assert {name: variant.settings for name, variant in VARIANTS.items()} == {
+        "grpo": {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
+        "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+        "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+        "gspo": {"loss_type": "grpo", **sequence, "epsilon": 3e-4, "epsilon_high": 4e-4},
+        "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+        "luspo": {"loss_type": "luspo", **sequence, "epsilon": 2e-3, "epsilon_high": 2.5e-3},
+        "gmpo": {"loss_type": "gmpo", "epsilon": 0.4},
+        "rloo": {"scale_rewards": "leave_one_out"}, "max_rl": {"scale_rewards": "mean"},
+        "gdpo": {"multi_objective_aggregation": "normalize_then_sum"},
+        "lite_ppo": {"loss_type": "dapo", "scale_rewards": "batch"},
+        "top_entropy": {"top_entropy_quantile": 0.2},
+    } | {name: {"loss_type": name} for name in ("sapo", "vespo", "dppo", "opmd")}  # fmt: skip
+
+
 # -------------------------------------------------------------------------------- exact enumeration
 #
 # A policy so small that every completion and every group can be listed: three tokens (0 ends), at

@@ -673,6 +673,17 @@ def test_a_merged_and_unloaded_model_keeps_what_was_trained_in_full():
     torch.testing.assert_close(plain(ids).logits, out)
 
 
+def test_a_file_says_whether_weights_are_transposed(tmp_path):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    for model, transposed in (
+        (with_adapters(tiny_model(), modules_to_save=["lm_head"]), False),
+        (with_adapters(tiny_model(config=GPT2Config, **sizes)), True),
+    ):
+        save_lora(model, tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert config["fan_in_fan_out"] is transposed
+
+
 def test_modules_to_save_are_not_adapted_inside():
     model = with_adapters(tiny_model(), modules_to_save=["mlp"])
     assert not [
@@ -1036,6 +1047,11 @@ def test_the_default_learning_rate_follows_width_alpha_and_method():
     )
     t = trainer(learning_rate=None)
     assert t.args.learning_rate == t.optimizer.param_groups[0]["lr"] == rate()
+    model = tiny_model(config=GPT2Config, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    names = {ours: own for ours, own in model.config.attribute_map.items() if own != "n_embd"}
+    model.config.attribute_map = names  # its width has another name
+    with pytest.raises(ValueError, match="learning_rate: give one"):
+        grpo_lora.default_learning_rate(model)
 
 
 @pytest.mark.parametrize(
@@ -1193,7 +1209,8 @@ def test_a_trainer_that_cannot_work_says_so():
         with pytest.raises(ValueError, match=words):
             make()
     title = "The Lord of the Rings: The Fellowship of the Ring"  # long, and can be matched
-    trainer(reward="accuracy", rows=[{"prompt": "1", "answer": title}])
+    for answer in (title, "It is so. The answer is five"):  # or seven words
+        trainer(reward="accuracy", rows=[{"prompt": "1", "answer": answer}])
     assert rewards.accuracy_reward(None, [rf"\boxed{{{title}}}"], [title]) == [1.0]
 
 
@@ -1398,7 +1415,8 @@ def tokenizer_with(template=None, adds="", **special):
 def test_a_tag_that_the_template_opened_belongs_to_the_completion(opened):
     template = TOKENIZER.chat_template.replace("<assistant>", "<assistant>" + opened)
     t = trainer(
-        reward=["tag_count", lambda completions, **_: heard.extend(completions) or [0] * 16]
+        reward=["tag_count", lambda completions, **_: heard.extend(completions) or [0] * 16],
+        system_prompt="1+1+1+1+1+1+1+1+1+1",  # only the end of a prompt is looked at
     )
     t.tokenizer, heard = tokenizer_with(template), []
     update(t)
@@ -1540,11 +1558,128 @@ def test_a_schedule_that_goes_on_to_a_later_end_has_the_rate_of_a_straight_run()
         ({"num_generations": 1}, "an advantage compares completions of one prompt"),
         ({"loss_type": "dapoo"}, "loss_type: 'dapoo' is unknown, did you mean 'dapo'"),
         ({"merge_half_precision": True}, "merge_half_precision: needs sampler_correction"),
+        ({"epsilon": 1.5}, "epsilon = 1.5: at most 1"),
+        ({"loss_type": "sapo", "delta": 2.0}, "delta: has no meaning with loss_type 'sapo'"),
+        ({"scale_rewards": "grup"}, "scale_rewards: 'grup' is unknown"),
+        ({"lr_scheduler_type": "step"}, "lr_scheduler_type: 'step' is unknown"),
+        ({"sampler_correction": "tis"}, "sampler_correction: 'tis' is unknown"),
+        ({"kl_estimator": "k4"}, "kl_estimator: 'k4' is unknown"),
+        ({"importance_sampling_level": "row"}, "importance_sampling_level: 'row' is unknown"),
     ],
 )
 def test_a_setting_out_of_its_bounds_is_refused(setting, words):
     with pytest.raises(ValueError, match=words):
         GRPOConfig(**setting)
+
+
+def test_no_number_below_its_bound_is_taken():
+    above_0 = "eval_steps temperature epsilon_high delta sapo_temperature_pos sapo_temperature_neg"
+    above_0 += " opmd_tau top_entropy_quantile sampler_correction_clip_max max_grad_norm"
+    above_0 += " off_policy_mask_threshold modules_to_save_learning_rate"
+    least_1 = "prompts_per_step per_device_train_batch_size max_completion_length num_iterations"
+    numbers = {int, float, int | None, float | None}
+    for field in dataclasses.fields(GRPOConfig):
+        if field.type in numbers and field.name != "seed":
+            refused = [-1, 0] if field.name in f"{above_0} {least_1}".split() else [-1]
+            for value in refused:
+                with pytest.raises(ValueError, match=f"{field.name} = {value}: must be finite and"):
+                    GRPOConfig(**{field.name: value})
+            if field.name in least_1.split():
+                GRPOConfig(**{field.name: 1})
+
+
+def test_the_tokens_that_count_in_an_update_are_the_uncertain_ones():
+    t = trainer(top_entropy_quantile=0.4)
+    update(t)
+    rollout, batches = t.last_batch
+    marked = sum(int((b.uncertain & b.rollout.completion_mask).sum()) for b in batches)
+    assert marked == pytest.approx(0.4 * int(rollout.completion_mask.sum()), abs=1)
+
+
+def test_a_process_draws_what_comes_after_the_draws_of_lower_ranks():
+    t = trainer()
+    t.seed("update", 0)
+    whole = t.sample(ROWS[:2], 4)
+    t.seed("update", 0)
+    t.rank = 1
+    assert torch.equal(t.sample(ROWS[1:2], 4).completion_ids, whole.select([1]).completion_ids)
+
+
+def test_a_trainer_weighs_tokens_by_policy_over_sampler_where_it_is_asked_to():
+    mask = torch.tensor([[True, True]])
+    rollout = Rollout(
+        torch.zeros(1, 2), mask, torch.zeros(1, 2), mask, torch.tensor([[-1.0, -2.0]])
+    )
+    batch = grpo_lora.MicroBatch([0], rollout, torch.ones(1))
+    old = torch.tensor([[-1.0, 1.0]])  # ratios 1 and e³
+    weights = lambda **args: trainer(**args).token_weights(batch, old, old).tolist()
+    assert weights() == [[1, 1]]
+    assert weights(sampler_correction="token_truncate", sampler_correction_clip_max=2) == [[1, 2]]
+    assert weights(sampler_correction="token_mask", sampler_correction_clip_max=2) == [[1, 0]]
+
+
+def test_an_evaluation_takes_the_same_draws_every_time_and_comes_as_often_as_asked():
+    t = trainer(with_adapters(tiny_model()), eval_rows=ROWS[:6], max_steps=4)
+    assert t.evaluate() == t.evaluate()
+    for every, steps in ((1, [0, 1, 2, 3, 4]), (3, [0, 3, 4]), (None, [0, 4])):
+        seen = []
+        note = lambda t, metrics, seen=seen: seen.extend([t.step] * ("eval_reward" in metrics))
+        trainer(eval_rows=ROWS[:2], max_steps=4, eval_steps=every, callbacks=[note]).train()
+        assert seen == steps
+
+
+def test_an_update_depends_on_no_random_state_but_its_seed(tmp_path):
+    gradients = []
+    for state in (1, 2):
+        t = trainer(with_adapters(tiny_model(), lora_dropout=0.5), output_dir=str(tmp_path / "run"))
+        torch.manual_seed(state)
+        update(t)
+        gradients.append(torch.cat([p.grad.flatten() for p in t.params.values()]))
+    assert torch.equal(*gradients)
+    t.train()
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+
+
+def test_rollouts_are_merged_where_that_is_exact_or_asked_for():
+    half = lambda: with_adapters(tiny_model(dtype=torch.bfloat16))
+    asked = {"merge_half_precision": True, "sampler_correction": "token_truncate"}
+    assert trainer().merges and not trainer(half()).merges and trainer(half(), **asked).merges
+    assert not trainer(tiny_model()).merges  # there is no adapter
+
+
+def test_a_record_is_of_one_run_and_one_share_of_groups_is_dead(tmp_path):
+    only_first = lambda prompts, completions, **_: [
+        float(prompt == prompts[0]) * len(completion[0]["content"])
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    t = trainer(reward=only_first, output_dir=str(tmp_path / "a" / "run"), max_steps=1)
+    assert t.train()["frac_reward_zero_std"] == 0.75
+    with pytest.raises(ValueError, match=r"output_dir: .*run holds another run; name a new"):
+        trainer(output_dir=str(tmp_path / "a" / "run")).train()
+    weights = [0.1, 0.7]
+    assert trainer(reward=[digits] * 2, reward_weights=weights).reward_weights.tolist() == weights
+    rollout = sample(t.model, *prompts(), eos_token_ids=range(0, VOCAB, 3))
+    for p in (0, 1):
+        part = rollout.select([p])
+        assert part.completion_ids.shape[1] == part.completion_mask.sum(dim=1).max()
+
+
+def test_the_first_token_of_the_vocabulary_may_stand_in_a_prompt():
+    t = trainer()
+    t.encode = lambda row: [0, 5, 6][: row["n"]]
+    mask = t.sample([{"n": 3}, {"n": 2}], 2).prompt_mask
+    assert mask.tolist() == [[True, True, True], [False, True, True]]
+
+
+def test_rows_that_the_policy_has_left_lose_their_weight_and_no_others():
+    t = trainer(off_policy_mask_threshold=0.5)
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    sampled, ids = torch.tensor([[0.0, 0.0], [-0.1, 9.0], [0.0, 0.0]]), torch.zeros(3, 2).long()
+    rollout = Rollout(ids[:1], mask[:1], ids, mask, sampled)
+    batch = grpo_lora.MicroBatch([0], rollout, torch.tensor([-1.0, -1.0, 1.0]))
+    logps = torch.tensor([[-0.4, -0.7], [-0.5, -9.0], [-9.0, -9.0]])
+    # nats lost a token: 0.55, then 0.4, and a good row is kept whatever it lost
+    assert t.token_weights(batch, logps, logps).tolist() == [[0, 0], [1, 1], [1, 1]]
 
 
 def test_a_ratio_of_sequences_weighed_by_their_length_is_pointed_out():
