@@ -1459,6 +1459,23 @@ def test_a_text_prompt_gets_one_bos_and_no_eos():
     assert bos not in encode_prompt(chat, both) and encode_prompt(chat, both)[-1] != end
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [], 5, [5], [{"role": "user"}], [{"role": "user", "content": 5}], {"role": "user"}],
+)
+def test_a_prompt_that_is_neither_text_nor_a_chat_is_refused(prompt):
+    with pytest.raises(ValueError, match="'prompt' must be text or a list of messages"):
+        encode_prompt(prompt, TOKENIZER)
+
+
+def test_a_chat_needs_a_template():
+    bare = copy.deepcopy(TOKENIZER)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="the tokenizer has no chat template; use text"):
+        encode_prompt(ROWS[0]["prompt"], bare)
+    assert encode_prompt("1+1", bare)
+
+
 def test_template_arguments_come_from_the_settings_and_from_the_row():
     template = TOKENIZER.chat_template + "{{ '<think>' if enable_thinking | default(false) }}"
     rows = [ROWS[0], ROWS[1] | {"chat_template_kwargs": {"enable_thinking": False}}]
