@@ -1140,3 +1140,10 @@ def test_a_record_needs_a_folder(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"output_dir: .* folder"):
             trainer(callbacks=[record]).train()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-2", "checkpoint-x", "other-11"):
+        (tmp_path / name).mkdir()
+    names = [path.name for path in checkpoints.checkpoints(tmp_path)]
+    assert names == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
