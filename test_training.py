@@ -1657,6 +1657,15 @@ def test_an_update_depends_on_no_random_state_but_its_seed(tmp_path):
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
 
 
+def test_the_kl_penalty_acts_in_groups_without_advantage():
+    for beta in (0.0, 0.5):
+        equal = lambda completions, **columns: [1.0] * len(completions)
+        t = trainer(with_adapters(tiny_model()), reward=equal, beta=beta)
+        t.reference = lambda model=t.model: lora_disabled(model)
+        update(t)
+        assert any(p.grad.any() for p in t.params.values()) == (beta > 0)
+
+
 def test_rollouts_are_merged_where_that_is_exact_or_asked_for():
     half = lambda: with_adapters(tiny_model(dtype=torch.bfloat16))
     asked = {"merge_half_precision": True, "sampler_correction": "token_truncate"}
