@@ -12,9 +12,9 @@ In order: the objective, the settings, the trainer (its `update` is the algorith
 log-probabilities. If you stop there you have read GRPO. Then: the model as two parts, data,
 processes.
 
-P prompts, each with a group of G completions. Row by row, the completions of a prompt are adjacent:
-B = P·G rows, of which b are some. L prompt tokens, T completion tokens, V tokens in the vocabulary,
-H the model's width, K reward functions. P and B are those of one process.
+P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
+a prompt are adjacent. b: a part of the rows. L prompt tokens, T completion tokens, V tokens in the
+vocabulary, H the model's width, K reward functions. P and B are those of one process.
 
 Left out, and refused: vLLM and other servers, tools, multi-turn, images, the entropy bonus,
 router losses, learned reward models. (TRL and verl have them.)
@@ -176,7 +176,7 @@ def grpo_loss(
          token      ρ = exp(logp - old_logp)
          sequence   ρ = exp(the row's mean of (logp - old_logp)), one a row; GSPO
     2. The surrogate is the loss l of one token. (With gmpo all tokens of a row have the same.)
-         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); each loss_type not named below
+         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); any other loss_type
          cispo      l = -sg(min(ρ, ε₊)) A logp
          sapo       l = -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
          vespo      l = -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's token

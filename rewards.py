@@ -111,10 +111,10 @@ _NUMBER = (  # where it stands alone, or alone between brackets and commas
 _UNIT = re.compile(  # \text{ cm}^2, or up to three words, if they make no other number of it; $, °
     r"(?i)(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)(?=[a-z]{4})"
     r"|(?=(?:[ckm]m|[km]g|in|ft|mi|lb|hrs?|min|sec|mph|days?|men)\b))"
-    r"(?![a-z/\s]{0,40}\b(?:(?:four|six|seven|ten|hundred|thousand|[a-z]+illion)(?:th)?|third|fifth|"
-    r"eighth|ninth|twelfth|[a-z]+teenth|one|two|three|five|eight|nine|zero|lakh|dozen|percent|cent|"
-    r"half|halve|quarter|squared|cubed|factorial|repeating|recurring|binary|root|sqrt|pi|mod|base|"
-    r"sin|cos|tan|log|and|or|to|of|out|plus|minus|times|over|by|below|[ap]m)s?\b)"
+    r"(?![a-z/\s]{0,40}\b(?:(?:four|six|seven|ten|hundred|thousand|[a-z]+illion)(?:th)?|third|"
+    r"fifth|eighth|ninth|twelfth|[a-z]+teenth|one|two|three|five|eight|nine|zero|lakh|dozen|"
+    r"percent|cent|half|halve|quarter|squared|cubed|factorial|repeating|recurring|binary|root|sqrt|"
+    r"pi|mod|base|sin|cos|tan|log|and|or|to|of|out|plus|minus|times|over|by|below|[ap]m)s?\b)"
     r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
     r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
 )
