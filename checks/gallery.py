@@ -244,7 +244,7 @@ GALLERY = [
     # A batch follows from its number, so no position is saved. The patch forgets the number.
     Bug(24, "resuming at the start of the data",
         "allenai/open-instruct#1523", "grpo_lora.py",
-        "order[position % n]", "order[(position - index * size) % n]",
+        "orders[i // n][i % n]", "orders[i // n][(i - index * size) % n]",
         "test_data_order_is_a_permutation_each_epoch_and_a_function_of_the_seed"),
     Bug(25, "the base model as reference of a continued adapter",
         "huggingface/trl#4723", "lora.py",
@@ -276,9 +276,9 @@ GALLERY = [
         "test_the_logged_loss_is_that_of_the_whole_batch"),
     Bug(28, "grad norm read after zero_grad",
         "Lightning-AI/pytorch-lightning#272", "grpo_lora.py",
-        "return loss, norm.item()",
+        "return sum(gather(loss)), norm.item()",
         "self.optimizer.zero_grad(set_to_none=False); "
-        "return loss, nn.utils.clip_grad_norm_(self.params.values(), 1.0).item()",
+        "return sum(gather(loss)), nn.utils.clip_grad_norm_(self.params.values(), 1.0).item()",
         "test_the_logged_loss_is_that_of_the_whole_batch"),
     Bug(29, "the sampler's log-probs compared with those of a policy that has moved since",
         "this project", "grpo_lora.py",

@@ -108,8 +108,8 @@ def same_files(a: Path, b: Path) -> None:
     assert lines(a / "completions.jsonl") == lines(b / "completions.jsonl")
 
 
-KILLING = """
-import os, random, shutil, signal, sys, time, torch
+INTERRUPTING = """
+import os, pathlib, random, signal, sys, time, torch
 torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
 from runner import cli
 kills, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
@@ -117,7 +117,7 @@ kills, folder, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 def start(name, *more):
     process = os.fork()
     if process == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+        os.dup2(os.open(f"{folder}/{name}.out", os.O_WRONLY | os.O_CREAT), 1), os.dup2(1, 2)
         os._exit(cli.main([*command, "--output_dir", f"{folder}/{name}", *more]))
     return process
 
@@ -134,5 +134,13 @@ while kills:
         os.waitpid(process, 0)
         kills -= 1
 assert os.waitpid(start(f"killed-{finished}", "--resume"), 0)[1] == 0
-print(finished + 1)
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    process = start(f"signal-{number}", "--max_steps", "4000")
+    metrics = pathlib.Path(f"{folder}/signal-{number}/metrics.jsonl")
+    while not (metrics.exists() and metrics.read_text().count("\\n") > 4):
+        assert os.waitpid(process, os.WNOHANG)[0] == 0
+        time.sleep(0.02)
+    os.kill(process, number)
+    assert os.waitpid(process, 0)[1] == 0
 """

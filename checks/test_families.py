@@ -1,5 +1,7 @@
 """Model families of transformers, tiny and made from configs: each is scored as it is sampled."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_lora import completion_logps, generate
 from lora import LoRAConfig, apply_lora, load_lora, lora_disabled, save_lora
+from runner import fast
 
 # ------------------------------------------------------------------------------------- the families
 
@@ -213,3 +216,12 @@ def test_family_is_scored_as_it_is_sampled(family, tmp_path):
         logps, _ = completion_logps(model, rollout, temperature=T, share_prompt=share_prompt)
         torch.testing.assert_close(logps, expected, **CLOSE)
         assert (gradient(logps) - expected_gradient).norm() < 1e-3 * expected_gradient.norm()
+
+    nothing = dataclasses.replace(rollout, completion_mask=torch.zeros_like(mask))
+    for score in (completion_logps, fast.completion_logps):
+        logps, entropies = score(model, nothing, temperature=T)
+        assert logps.shape == entropies.shape == mask.shape and not entropies.requires_grad
+        model.zero_grad()
+        logps.sum().backward()
+        assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+        assert not logps.any() and not entropies.any()
