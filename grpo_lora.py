@@ -29,14 +29,15 @@ import operator
 import sys
 import time
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import Any
+from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
@@ -393,13 +394,8 @@ class GRPOConfig:
             raise ValueError(f"max_steps = {self.max_steps}: {multiple}")
 
 
-class Variant(NamedTuple):
-    """A paper's objective as settings, and its source. Use GRPOConfig(**VARIANTS[name].settings)"""
-
-    settings: dict[str, Any]
-    source: str
-
-
+# a paper's objective as settings, and its source: GRPOConfig(**VARIANTS[name].settings)
+Variant = namedtuple("Variant", "settings source")
 SEQUENCE = {"importance_sampling_level": "sequence"}
 VARIANTS: dict[str, Variant] = {
     "grpo": Variant({"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
@@ -618,18 +614,14 @@ class GRPOTrainer:
         return weights
 
     def reduce_and_clip(self, loss: float, scale: float) -> tuple[float, float]:
-        """Divide gradients by scale, sum them and the loss over the processes, in one all-reduce,
-        and clip the gradients. Returns the loss, and the gradient's norm before clipping."""
-        gradients: list[Any] = [p.grad for p in self.params.values()]
-        torch._foreach_div_(gradients, scale)
-        if self.world > 1:
-            parts = [torch.tensor([loss], device=self.device), *(g.flatten() for g in gradients)]
-            dist.all_reduce(flat := torch.cat(parts))
-            loss, sums = flat[0].item(), flat[1:].split([g.numel() for g in gradients])
-            for gradient, total in zip(gradients, sums, strict=True):
-                gradient.copy_(total.view_as(gradient))
+        """Divide gradients by scale, sum them and the loss over the processes, and clip the
+        gradients. Returns the loss, and the gradient's norm before clipping."""
+        for parameter in self.params.values():
+            parameter.grad /= scale
+            if self.world > 1:
+                dist.all_reduce(parameter.grad)
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.args.max_grad_norm)
-        return loss, norm.item()
+        return sum(gather(loss)), norm.item()
 
     # ---- running
 
@@ -690,12 +682,11 @@ class GRPOTrainer:
     def batch(self, index: int) -> list[dict[str, Any]]:
         """This process's prompts of batch `index`. The order is new in each epoch, and a function
         of the seed alone."""
-        n, size, rows = len(self.train_dataset), self.args.prompts_per_step, []
-        for position in range(index * size, (index + 1) * size):
-            generator = torch.Generator().manual_seed(self.args.seed + position // n)
-            order = torch.randperm(n, generator=generator)
-            rows.append(self.train_dataset[int(order[position % n])])
-        return self.share(rows)
+        n, size = len(self.train_dataset), self.args.prompts_per_step
+        places = range(index * size, (index + 1) * size)
+        seeded = lambda epoch: torch.Generator().manual_seed(self.args.seed + epoch)
+        orders = {e: torch.randperm(n, generator=seeded(e)) for e in {i // n for i in places}}
+        return self.share([self.train_dataset[int(orders[i // n][i % n])] for i in places])
 
     def share(self, rows: Rows) -> Rows:
         """This process's part of some rows. Where they do not divide, the last one is repeated."""
@@ -1024,7 +1015,7 @@ def _write_rows(
         if left == 0 or t + 1 == steps:
             break
         context, seen = torch.cat([context, tokens], dim=1), pad(seen, (0, 1), value=True)
-        if lm.should_drop(left, len(rows)):
+        if left < len(rows) * lm.drop_below:
             kept = going.nonzero().squeeze(1)
             rows, going, context, seen = rows[kept], going[kept], context[kept], seen[kept]
             if cache is not None:
@@ -1072,9 +1063,6 @@ def completion_logps(
     lm = model if isinstance(model, CausalLM) else CausalLM(model)
     mask = rollout.completion_mask
     hidden = _completion_hidden(lm, rollout, share_prompt)  # (B, T, H)
-    if not mask.any():
-        zero = hidden.sum(dim=-1) * 0.0  # keeps the graph: backward works, and gives zeros
-        return zero, zero.detach()
     h, targets = hidden[mask], rollout.completion_ids[mask]  # (n, H), (n,)
     logps, entropies = lm.token_logps(h, targets, temperature, chunk_size)  # (n,), (n,)
     blank = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
@@ -1116,6 +1104,8 @@ class CausalLM:
     family needs a case of its own. Raises ValueError for models that this cannot be right for.
     """
 
+    drop_below = 1.0  # ended rows leave a batch when less than this share of it goes on
+
     def __init__(self, model: Any) -> None:
         wrapped = hasattr(model, "get_base_model")  # a peft.PeftModel
         self.core: Any = model.get_base_model() if wrapped else model
@@ -1156,10 +1146,6 @@ class CausalLM:
         """For keys and values, of the model's own kinds. room: tokens that it will grow by."""
         return DynamicCache(config=self.core.config)
 
-    def should_drop(self, left: int, rows: int) -> bool:
-        """Whether ended rows leave the batch now, when so many of its rows go on."""
-        return left < rows
-
     def hidden(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
         """ids (B, t) -> hidden states (B, t, H). mask: (B, past + t), False where padding is.
         Positions are counted over it: with left padding they would otherwise start too late."""
@@ -1173,11 +1159,12 @@ class CausalLM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V), by the model's own head, whatever that does; at least float32."""
-        output, ids = _DecoderOutput([hidden.unsqueeze(0)]), hidden.new_zeros(1, len(hidden)).long()
+        decoder = Mock(return_value=_DecoderOutput([hidden.unsqueeze(0)]))
         # torch calls this in place of forward and its hooks (it is what compiling a module sets)
-        with patch.object(self.decoder, "_compiled_call_impl", output.given):
+        with patch.object(self.decoder, "_compiled_call_impl", decoder):
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             result = self.core(input_ids=ids, use_cache=False)
-        if not output.taken:
+        if not decoder.called:
             kinds = type(self.core).__name__, type(self.decoder).__name__
             raise ValueError("{}'s forward does not call its decoder, {}".format(*kinds))
         logits = result.logits.squeeze(0)
@@ -1206,12 +1193,6 @@ class CausalLM:
 
 class _DecoderOutput(tuple):
     """A decoder's output, by position or by name. All but the hidden states are None."""
-
-    taken = False
-
-    def given(self, *args: Any, **kwargs: Any) -> "_DecoderOutput":
-        self.taken = True
-        return self
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None

@@ -1511,20 +1511,6 @@ def test_a_prompt_that_ends_with_the_assistants_words_is_pointed_out():
         trainer(rows=rows)
 
 
-def test_rows_may_be_a_data_set_of_the_datasets_library():
-    datasets = pytest.importorskip("datasets")
-    t = trainer(rows=datasets.Dataset.from_list(ROWS[:8]), reward=[digits, "accuracy"])
-    assert math.isfinite(update(t)["loss"])
-    split = datasets.DatasetDict(train=t.train_dataset)
-    for rows, kind in [
-        (split, "DatasetDict"),
-        (t.train_dataset.to_iterable_dataset(), "IterableDataset"),
-        (t.train_dataset.to_pandas(), "DataFrame"),
-    ]:
-        with pytest.raises(ValueError, match=f"the data set is a {kind}: must be rows"):
-            trainer(rows=rows)
-
-
 @pytest.mark.parametrize("engine", [None, fast])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo"])
 def test_half_precision_keeps_a_gradient_that_is_divided_by_a_million_tokens(

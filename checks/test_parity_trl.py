@@ -23,6 +23,7 @@ from grpo_lora import (
     multi_objective_advantages,
 )
 from lora import lora_disabled
+from test_training import ROWS, digits, trainer, update
 
 # ------------------------------------------------------------------------------- TRL: the objective
 
@@ -423,3 +424,17 @@ def test_the_off_policy_mask_is_trls(seed):
     trainer = SimpleNamespace(args=SimpleNamespace(**settings))
     ours = GRPOTrainer.token_weights(trainer, part, logps.detach(), old)
     assert torch.equal(ours, theirs.expand_as(ours)) and 0 < ours.mean() < 1
+
+
+def test_rows_may_be_a_data_set_of_the_datasets_library():
+    datasets = pytest.importorskip("datasets")
+    t = trainer(rows=datasets.Dataset.from_list(ROWS[:8]), reward=[digits, "accuracy"])
+    assert math.isfinite(update(t)["loss"])
+    split = datasets.DatasetDict(train=t.train_dataset)
+    for rows, kind in [
+        (split, "DatasetDict"),
+        (t.train_dataset.to_iterable_dataset(), "IterableDataset"),
+        (t.train_dataset.to_pandas(), "DataFrame"),
+    ]:
+        with pytest.raises(ValueError, match=f"the data set is a {kind}: must be rows"):
+            trainer(rows=rows)

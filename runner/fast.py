@@ -83,6 +83,8 @@ class FastLM(CausalLM):
         devices = {p.device for p in self.core.parameters()}
         alone = len(devices) == 1 and not hasattr(self.decoder, "unshard")
         self.records = fixed and alone and self.core.device.type in GRAPHS
+        if self.records:  # a recording has one shape: rows that ended stay until seven in ten have
+            self.drop_below = 0.3
 
     def new_cache(self, room: int = 0) -> DynamicCache:
         cache = super().new_cache()
@@ -92,10 +94,6 @@ class FastLM(CausalLM):
             roomy = lambda layer: _RoomyLayer(room) if type(layer) is DynamicLayer else layer
             cache.layers = [roomy(layer) for layer in cache.layers]
         return cache
-
-    def should_drop(self, left: int, rows: int) -> bool:
-        """A recording has one shape: rows that ended stay until three in four have."""
-        return left <= rows // 4 if self.records else left < rows
 
     def next_logits(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Tensor:
         plain = super().next_logits
