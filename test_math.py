@@ -1173,60 +1173,6 @@ def test_param_groups_give_each_kind_its_rate_and_miss_nothing():
     assert {g["lr"] for g in param_groups(model, 1e-3)} == {1e-3}
 
 
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"target_modules": ["q_proj"]}, ["q_proj", "mix, out, up"]),
-        ({"target_modules": "layers.*"}, ["layers", "up"]),
-        ({"target_modules": ["up", "nope"]}, ["nope"]),
-        ({"target_modules": ["embed"]}, ["embed", "no linear layer"]),
-        ({"modules_to_save": ["score"]}, ["modules_to_save", "score", "out"]),
-        ({"rank_pattern": {"gate": 4}}, ["gate"]),
-        ({"r": 9, "init_lora_weights": "pissa"}, ["up", "r = 9", "PiSSA"]),
-        ({"r": 0}, ["r = 0"]),
-        ({"r": 2.5}, ["r = 2.5"]),
-        ({"rank_pattern": {"up": -1}}, ["rank_pattern", "-1"]),
-        ({"rank_pattern": ["up"]}, ["rank_pattern", "must map"]),
-        ({"lora_alpha": "8"}, ["lora_alpha", "'8'"]),
-        ({"lora_alpha": 0}, ["lora_alpha = 0"]),
-        ({"alpha_pattern": {"up": math.inf}}, ["up = inf"]),
-        ({"target_modules": "up("}, ["'up('", "not a regular expression"]),
-        ({"lora_dropout": 1.0}, ["lora_dropout"]),
-        ({"bias": "all"}, ["bias", "modules_to_save"]),
-        ({"init_lora_weights": "olora"}, ["olora", "pissa"]),
-    ],
-)
-def test_a_lora_config_that_cannot_work_is_refused_in_one_line_that_says_what_would(config, words):
-    with pytest.raises(ValueError) as refusal:
-        apply_lora(Toy(), LoRAConfig(**config))
-    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("output", "adapted"),
-    [
-        (lambda layer, x: nn.functional.linear(x, layer.weight), True),
-        (lambda layer, x: nn.functional.linear(x, layer.weight) + 0.5, False),
-        (lambda layer, x: nn.functional.linear(x, layer.weight) * 1.5, False),
-        (lambda layer, x: (nn.functional.linear(x, layer.weight), None), False),
-        (lambda layer, x: layer.no_such_thing, False),
-    ],
-)
-def test_a_subclass_of_linear_is_adapted_where_it_acts_as_one(output, adapted):
-    routed = type("Routed", (nn.Linear,), {"forward": output})(4, 3, bias=False)
-    nn.init.constant_(routed.weight, 0.25)
-    model = nn.ModuleDict({"routed": routed, "plain": nn.Linear(4, 3)})
-    apply_lora(model, LoRAConfig(r=1))
-    assert isinstance(model["routed"], LoRALinear) == adapted and isinstance(
-        model["plain"], LoRALinear
-    )
-
-
-def test_a_small_alpha_and_a_rank_of_one_will_do():
-    model, base, ids = toy(LoRAConfig(r=1, lora_alpha=0.5))
-    assert model.up.lora_A.weight.shape == (1, 6) and not torch.equal(model(ids), base(ids))
-
-
 def test_adapters_are_float32_on_a_bf16_base_and_outputs_stay_bf16():
     model, base, ids = toy(LoRAConfig(r=2), dtype=torch.bfloat16)
     assert model.up.lora_A.weight.dtype == torch.float32 and model(ids).dtype == torch.bfloat16

@@ -5,13 +5,12 @@ log-probabilities      they and their gradients are those of the plainest comput
 LoRA in whole models   the base stays bit-equal; merging, snapshots and files lose nothing
 the update             its gradient is the loss's; steps, schedule and references are as they say
 training runs          every kind of model trains, and a reward that can be learnt rises
-rewards and data       each completion meets its own row's columns; prompts, order, EOS
+rewards and data       each completion meets its own row's columns; draws, order, EOS
 
-The formulas themselves are in test_math.py. What stands before the first section is shared: the
-tests in checks/ import it.
+The formulas themselves are in test_math.py; what a trainer takes and refuses is in checks/. What
+stands before the first section is shared: the tests in checks/ import it.
 """
 
-import asyncio
 import contextlib
 import copy
 import dataclasses
@@ -19,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import warnings
 from pathlib import Path
 
 import hypothesis
@@ -29,7 +27,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig
 
 import grpo_lora
 import rewards
@@ -41,7 +39,6 @@ from grpo_lora import (
     Rollout,
     completion_logps,
     completion_mask,
-    encode_prompt,
     evaluating,
     group_advantages,
     grpo_loss,
@@ -59,7 +56,6 @@ from lora import (
     merge_and_unload,
     save_lora,
 )
-from rewards import RewardError
 from runner import demo, fast
 
 for profile, phases in (
@@ -521,35 +517,6 @@ def test_a_rollout_without_tokens_to_train_has_zero_gradient():
     assert not logps.any() and not any(g.any() for g in gradients(model, logps.sum()).values())
 
 
-def test_models_that_cannot_be_right_are_refused():
-    empty = tiny_model()
-    empty.forward = lambda **kwargs: None
-    with pytest.raises(ValueError, match="forward does not call its decoder, LlamaModel"):
-        CausalLM(empty).logits(torch.zeros(1, 32))
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        CausalLM(
-            transformers.T5ForConditionalGeneration(
-                transformers.T5Config(
-                    vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
-                )
-            )
-        )
-    gemma = transformers.Gemma3TextConfig(
-        hidden_size=8, vocab_size=9, num_hidden_layers=1, use_bidirectional_attention=True
-    )
-    with pytest.raises(ValueError, match="later tokens"):
-        CausalLM(AutoModelForCausalLM.from_config(gemma))
-    bert = transformers.BertConfig(
-        hidden_size=8, intermediate_size=8, vocab_size=9, num_hidden_layers=1, num_attention_heads=1
-    )
-    with pytest.raises(ValueError, match="encoder, whose tokens see later ones"):
-        CausalLM(transformers.BertLMHeadModel(bert))
-    with pytest.raises(ValueError, match="already carries"):
-        apply_lora(with_adapters(tiny_model()), LoRAConfig())
-    with pytest.raises(ValueError, match="no LoRA adapter"), lora_disabled(tiny_model()):
-        pass
-
-
 # ----------------------------------------------------------------------------- LoRA in whole models
 
 
@@ -673,25 +640,6 @@ def test_a_merged_and_unloaded_model_keeps_what_was_trained_in_full():
     torch.testing.assert_close(plain(ids).logits, out)
 
 
-def test_a_file_says_whether_weights_are_transposed(tmp_path):
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
-    for model, transposed in (
-        (with_adapters(tiny_model(), modules_to_save=["lm_head"]), False),
-        (with_adapters(tiny_model(config=GPT2Config, **sizes)), True),
-    ):
-        save_lora(model, tmp_path)
-        config = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert config["fan_in_fan_out"] is transposed
-
-
-def test_modules_to_save_are_not_adapted_inside():
-    model = with_adapters(tiny_model(), modules_to_save=["mlp"])
-    assert not [
-        name for name, m in model.named_modules() if isinstance(m, LoRALinear) and "mlp" in name
-    ]
-    assert len([m for m in model.modules() if isinstance(m, TrainedCopy)]) == 2
-
-
 def test_in_the_loss_forward_adapter_dropout_acts_and_no_other():
     model = with_adapters(tiny_model(attention_dropout=0.5), lora_dropout=0.5)
     with evaluating(model, adapter_dropout=True):
@@ -741,69 +689,6 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_trainable(kind, tmp_path):
                 json.dumps(config | {"init_lora_weights": init, "lora_bias": False})
             )
             assert torch.equal(load_lora(tiny_model(), tmp_path)(ids).logits, model(ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda c, t: t.pop(next(iter(t))), "is missing"),
-        (
-            lambda c, t: t.update(
-                {"base_model.model.model.layers.9.x.lora_A.weight": torch.zeros(1)}
-            ),
-            "layers.9.x",
-        ),
-        (lambda c, t: c.update(r=5), "another rank"),
-        (lambda c, t: c.update(peft_type="IA3"), "IA3"),
-        (lambda c, t: c.update(layers_to_transform=[0]), "layers_to_transform"),
-        (lambda c, t: c.update(target_parameters=["experts"]), "target_parameters"),
-        (lambda c, t: c.update(bias="all"), "bias"),
-        (lambda c, t: c.update(target_modules=["nope"]), "nope"),
-    ],
-)
-def test_an_adapter_file_that_does_not_fit_is_refused_by_name(damage, words, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    save_lora(with_adapters(tiny_model()), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    damage(config, tensors)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=words) as refusal:
-        load_lora(tiny_model(), tmp_path)
-    assert "\n" not in str(refusal.value)
-    save_lora(with_adapters(tiny_model()), tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="safetensors"):
-        load_lora(tiny_model(), tmp_path)
-    for text, said in (
-        ("{", "cannot be read as JSON"),
-        ("[1]", "only 'LORA'"),
-        ('{"peft_type": "IA3"}', "only 'LORA'"),
-    ):
-        (tmp_path / "adapter_config.json").write_text(text)
-        with pytest.raises(ValueError, match=said):
-            load_lora(tiny_model(), tmp_path)
-
-
-def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path):
-    save_lora(with_adapters(tiny_model(), r=2), tmp_path / "right")
-    save_lora(with_adapters(tiny_model(hidden_size=16)), tmp_path / "wrong")
-    model, (ids, _) = tiny_model(), prompts()
-    out, flags = model(ids).logits, [p.requires_grad for p in model.parameters()]
-    for refused in (
-        lambda: load_lora(model, tmp_path / "wrong"),
-        lambda: apply_lora(
-            model, LoRAConfig(r=20, init_lora_weights="pissa", rank_pattern={"q_proj": 4})
-        ),
-    ):
-        with pytest.raises(ValueError):
-            refused()
-        assert torch.equal(model(ids).logits, out) and flags == [
-            p.requires_grad for p in model.parameters()
-        ]
-    load_lora(model, tmp_path / "right")
 
 
 # --------------------------------------------------------------------------------------- the update
@@ -1033,27 +918,6 @@ def test_lora_plus_ratio_multiplies_the_step_of_b_and_of_nothing_else():
 # ------------------------------------------------------------------------------------ training runs
 
 
-def test_the_default_learning_rate_follows_width_alpha_and_method():
-    rate = lambda width=32, **config: grpo_lora.default_learning_rate(
-        with_adapters(tiny_model(hidden_size=width), random=False, **config)
-    )
-    assert rate(lora_alpha=32) == pytest.approx(1.25e-4 * (2000 / 32) ** 0.78, rel=0.05)
-    assert rate(lora_alpha=8) == pytest.approx(4 * rate(lora_alpha=32), rel=0.05)
-    assert rate(r=1) == rate(r=16)  # s = α/r: the rank cancels
-    assert rate(r=16, use_rslora=True) == pytest.approx(rate(r=4, use_rslora=True) / 2, rel=0.05)
-    assert rate(width=64) == pytest.approx(rate(width=32) / 2**0.78, rel=0.05)
-    assert grpo_lora.default_learning_rate(tiny_model()) == pytest.approx(
-        rate(lora_alpha=32) / 10, rel=0.05
-    )
-    t = trainer(learning_rate=None)
-    assert t.args.learning_rate == t.optimizer.param_groups[0]["lr"] == rate()
-    model = tiny_model(config=GPT2Config, n_embd=32, n_layer=1, n_head=4, n_positions=64)
-    names = {ours: own for ours, own in model.config.attribute_map.items() if own != "n_embd"}
-    model.config.attribute_map = names  # its width has another name
-    with pytest.raises(ValueError, match="learning_rate: give one"):
-        grpo_lora.default_learning_rate(model)
-
-
 @pytest.mark.parametrize(
     "kind",
     ["full", "mixed", "dora+", "pissa", "bf16", "checkpointed", "gpt2", "mamba", "two rewards"],
@@ -1107,44 +971,6 @@ def test_training_with_activation_checkpointing_moves_every_adapter():
     assert all(p.grad.any() for name, p in t.params.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("engine", [None, fast])
-@pytest.mark.parametrize("training", [False, True])
-def test_layers_computed_again_in_the_backward_pass_are_in_the_mode_of_the_forward(
-    engine, training
-):
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    drops = dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.5)
-    gradients = []
-    for checkpointed in (False, True):  # in neither does the base model's own dropout act
-        model = with_adapters(tiny_model(config=GPT2Config, **sizes, **drops)).train(training)
-        t = trainer(model, engine=engine, gradient_checkpointing=checkpointed)
-        update(t)
-        gradients.append(torch.cat([p.grad.flatten() for p in t.params.values()]))
-        assert all(module.training == training for module in model.modules())
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
-    model = with_adapters(tiny_model(), lora_dropout=0.5).train(training)
-    assert update(trainer(model, engine=engine, gradient_checkpointing=True))["grad_norm"] > 0
-
-
-def test_a_dropout_rate_that_layers_hold_as_a_number_does_not_act_under_checkpointing():
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 4}
-    gradients = []
-    for checkpointed in (False, True):
-        model = tiny_model(config=OPTConfig, num_hidden_layers=2, dropout=0.5, **sizes)
-        t = trainer(with_adapters(model), gradient_checkpointing=checkpointed)
-        update(t)
-        gradients.append(torch.cat([p.grad.flatten() for p in t.params.values()]))
-        assert {0.5} <= {getattr(module, "dropout", None) for module in model.modules()}
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("engine", [None, fast])
-def test_a_half_precision_base_trains_under_activation_checkpointing(engine):
-    model = with_adapters(tiny_model(dtype=torch.bfloat16), random=False)
-    t = trainer(model, engine=engine, gradient_checkpointing=True)
-    assert update(t)["grad_norm"] > 0
-
-
 def test_reward_rises_on_a_task_that_can_be_learnt():
     first_token = lambda completion_ids, **columns: [float(ids[0] == 20) for ids in completion_ids]
     model = with_adapters(tiny_model(), random=False, target_modules=["down_proj", "lm_head"])
@@ -1152,66 +978,6 @@ def test_reward_rises_on_a_task_that_can_be_learnt():
     t = trainer(model, first_token, max_steps=25, learning_rate=0.03, **sizes)
     assert update(t)["reward"] < 0.3
     assert t.train()["reward"] > 0.9
-
-
-PROSE = "Natalia sold 24 clips in May. Altogether she sold 72 clips in April and May."
-
-
-def test_a_trainer_that_cannot_work_says_so():
-    for words, make in [
-        ("no trainable parameter", lambda: trainer(tiny_model().requires_grad_(False))),
-        (
-            "lora_dropout",
-            lambda: trainer(with_adapters(tiny_model(), lora_dropout=0.1), num_iterations=2),
-        ),
-        ("reward_weights", lambda: trainer(reward_weights=[1.0, 2.0])),
-        ("at least one reward", lambda: trainer(reward=[])),
-        ("row 1: 'prompt'", lambda: trainer(rows=[ROWS[0], {"answer": "3"}])),
-        (
-            "row 0: reward accuracy_reward: missing a required.*'answer'",
-            lambda: trainer(reward="accuracy", rows=[{"prompt": "1"}]),
-        ),
-        (
-            "row 0: the prompt has 80 tokens; between 1 and 56 fit",
-            lambda: trainer(rows=[{"prompt": "1+" * 40}]),
-        ),
-        ("data set is empty", lambda: trainer(rows=[])),
-        (
-            "row 0: 'prompt' is missing .*the row has question, answer",
-            lambda: trainer(rows=[{"question": "1", "answer": "#### 1"}]),
-        ),
-        (
-            "row 0: column 'tools' has a meaning in TRL",
-            lambda: trainer(rows=[ROWS[0] | {"tools": 1}]),
-        ),
-        ("data set is a dict: must be rows", lambda: trainer(rows={"train": ROWS})),
-        ("data set is a generator: must be rows", lambda: trainer(rows=iter(r for r in ROWS))),
-        (
-            "model: load it: .*'some/model'",
-            lambda: GRPOTrainer("some/model", digits, GRPOConfig(), ROWS),
-        ),
-        (
-            "row 0: token 10 is beyond the model's 8 embeddings",
-            lambda: trainer(
-                with_adapters(tiny_model(vocab_size=8)),
-                rows=[{"prompt": [{"role": "user", "content": "1"}]}],
-            ),
-        ),
-        (
-            "row 1: no completion can match the gold answer Natalia sold.*give the answer alone",
-            lambda: trainer(reward="accuracy", rows=[ROWS[0], {"prompt": "1", "answer": PROSE}]),
-        ),
-        (
-            "row 0: no completion can match the gold answer .*1.*2.*: give",
-            lambda: trainer(reward="accuracy", rows=[{"prompt": "1", "answer": ["1", "2"]}]),
-        ),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            make()
-    title = "The Lord of the Rings: The Fellowship of the Ring"  # long, and can be matched
-    for answer in (title, "It is so. The answer is five"):  # or seven words
-        trainer(reward="accuracy", rows=[{"prompt": "1", "answer": answer}])
-    assert rewards.accuracy_reward(None, [rf"\boxed{{{title}}}"], [title]) == [1.0]
 
 
 def test_training_until_the_middle_of_a_batch_ends_before_it_as_an_end_ends():
@@ -1293,224 +1059,6 @@ def test_each_row_is_graded_by_its_answer_or_its_solution():
     assert sorted(seen["answer"]) == ["2"] * 4 + ["4"] * 4
 
 
-async def slow_reward(completions, **columns):
-    await asyncio.sleep(0)
-    return [0.5] * len(completions)
-
-
-def test_rewards_may_be_async_may_say_none_and_are_weighted():
-    half = lambda completions, **columns: [1.0 if i % 2 else None for i in range(len(completions))]
-    t = trainer(reward=[slow_reward, half], reward_weights=[2.0, 10.0])
-    metrics = update(t)
-    assert metrics["rewards/slow_reward/mean"] == 0.5 and metrics["reward"] == pytest.approx(
-        (1 + 11) / 2
-    )
-    assert [s["rewards/slow_reward"] for s in t.samples] == [0.5] * 16
-    t = trainer(reward=lambda completions, **columns: [None] * len(completions))
-    assert math.isnan(update(t)["reward"]) and not any(p.grad.any() for p in t.params.values())
-
-
-def test_an_async_reward_runs_inside_a_running_event_loop_too():
-    async def notebook():
-        return update(trainer(reward=slow_reward))
-
-    assert asyncio.run(notebook())["reward"] == 0.5
-
-
-def broken(what):
-    def reward(completions, **columns):
-        if what == "raises":
-            raise RuntimeError("boom")
-        return {
-            "short": [1.0],
-            "inf": [math.inf] * len(completions),
-            "text": ["x"] * len(completions),
-            "none": None,
-        }[what]
-
-    return reward
-
-
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ("raises", "boom"),
-        ("short", "1 values for 16"),
-        ("inf", "infinite"),
-        ("text", "x"),
-        ("none", "None"),
-    ],
-)
-def test_a_reward_that_fails_is_named(what, words):
-    with pytest.raises(RewardError, match=f"reward reward .*{words}"):
-        update(trainer(reward=broken(what)))
-
-
-def test_what_rewards_log_is_a_mean_over_the_evaluation_and_must_fit():
-    def counts(completions, log_metric, log_extra, **columns):
-        log_metric("rows", torch.tensor(len(completions)))
-        log_extra("x", [1] * (len(completions) if columns.get("fits", True) else 1))
-        return [0.0] * len(completions)
-
-    t = trainer(reward=counts, eval_rows=ROWS[:5], prompts_per_step=1, num_generations=2)
-    assert t.evaluate()["eval_rows"] == pytest.approx((2 + 2 + 1) / 3)
-    with pytest.raises(RewardError, match="log_extra"):
-        update(trainer(reward=lambda **c: counts(c.pop("completions"), **c | {"fits": False})))
-
-
-def test_names_that_rewards_log_do_not_stand_in_for_ours(tmp_path):
-    def shadows(completions, log_extra, log_metric, **columns):
-        for name in ("length", "ended", "step", "advantage", "note"):
-            log_extra(name, ["x"] * len(completions))
-        for name in ("step", "reward", "grad_norm", "num_tokens", "mine"):
-            log_metric(name, -1.0)
-        return digits(completions)
-
-    metrics = trainer(reward=shadows, output_dir=str(tmp_path)).train()
-    assert (
-        metrics["step"] == 2
-        and min(metrics[k] for k in ("reward", "grad_norm", "num_tokens")) >= 0 > metrics["mine"]
-    )
-    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
-    sample = lines(tmp_path / "completions.jsonl")[0]
-    assert sample["step"] == 1 and sample["note"] == "x" and isinstance(sample["length"], int)
-
-
-def test_one_reward_cannot_change_what_the_next_one_sees():
-    def meddles(prompts, completions, completion_ids, answer, **columns):
-        completions[0][0]["content"] = completions[1] = answer[0] = completion_ids[0][0] = None
-        prompts.clear()
-        return [0.0] * len(completion_ids)
-
-    seen = {}
-    t = trainer(reward=[meddles, lambda **columns: seen.update(columns) or [0.0] * 16])
-    update(t)
-    assert None not in seen["answer"] + seen["completions"] + seen["completion_ids"][0]
-    assert (
-        all(c[0]["content"] is not None for c in seen["completions"]) and len(seen["prompts"]) == 16
-    )
-    assert all(
-        isinstance(sample["completion"], str) and sample["length"] > 0 for sample in t.samples
-    )
-
-
-def tokenizer_with(template=None, adds="", **special):
-    """The demo's tokenizer with another template, or one that adds <bos> or <end> by itself."""
-    from tokenizers.processors import TemplateProcessing
-
-    other = copy.deepcopy(TOKENIZER)
-    other.add_special_tokens({"bos_token": "<bos>"} if "<bos>" in adds else {})
-    other.chat_template = template or other.chat_template
-    if adds:
-        named = [
-            (token, other.convert_tokens_to_ids(token))
-            for token in ("<bos>", "<end>")
-            if token in adds
-        ]
-        other._tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=named)
-    return other
-
-
-@pytest.mark.parametrize("opened", ["<think>", "<think></think>", "<answer>", ""])
-def test_a_tag_that_the_template_opened_belongs_to_the_completion(opened):
-    template = TOKENIZER.chat_template.replace("<assistant>", "<assistant>" + opened)
-    t = trainer(
-        reward=["tag_count", lambda completions, **_: heard.extend(completions) or [0] * 16],
-        system_prompt="1+1+1+1+1+1+1+1+1+1",  # only the end of a prompt is looked at
-    )
-    t.tokenizer, heard = tokenizer_with(template), []
-    update(t)
-    texts = [rewards.completion_text(c) for c in heard]
-    assert len(texts) == 16 and all(text.startswith(opened) for text in texts)
-    assert [sample["completion"] for sample in t.samples] == texts
-
-
-def test_a_thought_that_the_template_opened_is_scored_as_one():
-    given = "<think>\n"
-    texts = [given + "so 5</think> <answer>5</answer>", given + r"maybe \boxed{5}"]
-    columns = {"prompts": ["p"] * 2, "completions": texts, "answer": ["5"] * 2}
-    assert rewards.OPENED.findall("<user>5<end>\n<assistant>\n" + given)[0] == given
-    assert [rewards.REWARDS[name](**columns) for name in ("format", "tag_count", "accuracy")] == [
-        [1, 0], [1, 0.25], [1, 0],
-    ]  # fmt: skip
-
-
-def test_tags_that_are_special_tokens_reach_the_rewards_and_eos_does_not():
-    t = trainer()
-    t.tokenizer = other = copy.deepcopy(TOKENIZER)
-    other.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
-    think, end = other.convert_tokens_to_ids("<think>"), EOS
-    ids, mask = torch.tensor([[think, 5, 6, end]]), torch.ones(1, 4, dtype=torch.bool)
-    seen = []
-    t.reward_funcs = [lambda completions, **_: seen.extend(completions) or [0.0]]
-    t.score([{"prompt": "1"}], Rollout(torch.full((1, 4), 10), mask, ids, mask, torch.zeros(1, 4)))
-    assert seen == ["<think>" + other.decode([5, 6])]
-
-
-def test_a_text_prompt_gets_one_bos_and_no_eos():
-    both = tokenizer_with(adds="<bos> $A <end>")
-    bos, end = both.convert_tokens_to_ids("<bos>"), both.eos_token_id
-    assert both("1+2").input_ids[0] == bos and both("1+2").input_ids[-1] == end  # it adds them
-    plain = TOKENIZER("1+2").input_ids
-    assert encode_prompt("1+2", both) == [bos, *plain]
-    assert encode_prompt("<bos>1+2", both) == [bos, *plain]
-    assert encode_prompt("1+2<end>", both) == [bos, *plain, end]  # a written one stays
-    chat = [{"role": "user", "content": "1"}]
-    assert bos not in encode_prompt(chat, both) and encode_prompt(chat, both)[-1] != end
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    ["", [], 5, [5], [{"role": "user"}], [{"role": "user", "content": 5}], {"role": "user"}],
-)
-def test_a_prompt_that_is_neither_text_nor_a_chat_is_refused(prompt):
-    with pytest.raises(ValueError, match="'prompt' must be text or a list of messages"):
-        encode_prompt(prompt, TOKENIZER)
-
-
-def test_a_chat_needs_a_template():
-    bare = copy.deepcopy(TOKENIZER)
-    bare.chat_template = None
-    with pytest.raises(ValueError, match="the tokenizer has no chat template; use text"):
-        encode_prompt(ROWS[0]["prompt"], bare)
-    assert encode_prompt("1+1", bare)
-
-
-def test_template_arguments_come_from_the_settings_and_from_the_row():
-    template = TOKENIZER.chat_template + "{{ '<think>' if enable_thinking | default(false) }}"
-    rows = [ROWS[0], ROWS[1] | {"chat_template_kwargs": {"enable_thinking": False}}]
-    given = {"processing_class": tokenizer_with(template)}
-    for kwargs, ends in [(None, [False, False]), ({"enable_thinking": True}, [True, False])]:
-        model = with_adapters(tiny_model(), random=False)
-        t = GRPOTrainer(
-            model,
-            digits,
-            GRPOConfig(chat_template_kwargs=kwargs, max_completion_length=8),
-            rows,
-            **given,
-        )
-        assert [TOKENIZER.decode(t.encode(row)).endswith("<think>") for row in rows] == ends
-
-
-def test_a_padding_token_beyond_the_embeddings_does_no_harm():
-    t = trainer()
-    t.tokenizer = None
-    other = copy.deepcopy(TOKENIZER)
-    other.add_special_tokens({"pad_token": "[PAD]"})
-    assert other.pad_token_id >= VOCAB
-    model = with_adapters(tiny_model(), random=False)
-    config = GRPOConfig(max_steps=1, prompts_per_step=4, num_generations=4, max_completion_length=8)
-    rows = [{"prompt": "1+2"}, {"prompt": "1+2+3+4"}] * 4  # of two lengths: one is padded
-    t = GRPOTrainer(model, digits, config, rows, processing_class=other)
-    assert math.isfinite(t.train()["loss"]) and t.pad_token_id < VOCAB
-
-
-def test_a_prompt_that_ends_with_the_assistants_words_is_pointed_out():
-    rows = [{"prompt": [*ROWS[0]["prompt"], {"role": "assistant", "content": "#### 4"}]}]
-    with pytest.warns(UserWarning, match="ends with an assistant's message: it is continued"):
-        trainer(rows=rows)
-
-
 @pytest.mark.parametrize("engine", [None, fast])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo"])
 def test_half_precision_keeps_a_gradient_that_is_divided_by_a_million_tokens(
@@ -1550,45 +1098,6 @@ def test_a_schedule_that_goes_on_to_a_later_end_has_the_rate_of_a_straight_run()
             t.optimizer.register_step_pre_hook(note)
             assert update(t, 2)["learning_rate"] == used[-1] > 0
         assert used[0] == used[1]
-
-
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
-        ({"max_steps": -1}, "max_steps = -1: must be finite and at least 0"),
-        ({"temperature": 0.0}, "temperature = 0.0: must be finite and above 0"),
-        ({"top_entropy_quantile": 1.5}, "top_entropy_quantile = 1.5: must be finite and at most 1"),
-        ({"num_generations": 1}, "an advantage compares completions of one prompt"),
-        ({"loss_type": "dapoo"}, "loss_type: 'dapoo' is unknown, did you mean 'dapo'"),
-        ({"merge_half_precision": True}, "merge_half_precision: needs sampler_correction"),
-        ({"epsilon": 1.5}, "epsilon = 1.5: at most 1"),
-        ({"loss_type": "sapo", "delta": 2.0}, "delta: has no meaning with loss_type 'sapo'"),
-        ({"scale_rewards": "grup"}, "scale_rewards: 'grup' is unknown"),
-        ({"lr_scheduler_type": "step"}, "lr_scheduler_type: 'step' is unknown"),
-        ({"sampler_correction": "tis"}, "sampler_correction: 'tis' is unknown"),
-        ({"kl_estimator": "k4"}, "kl_estimator: 'k4' is unknown"),
-        ({"importance_sampling_level": "row"}, "importance_sampling_level: 'row' is unknown"),
-    ],
-)
-def test_a_setting_out_of_its_bounds_is_refused(setting, words):
-    with pytest.raises(ValueError, match=words):
-        GRPOConfig(**setting)
-
-
-def test_no_number_below_its_bound_is_taken():
-    above_0 = "eval_steps temperature epsilon_high delta sapo_temperature_pos sapo_temperature_neg"
-    above_0 += " opmd_tau top_entropy_quantile sampler_correction_clip_max max_grad_norm"
-    above_0 += " off_policy_mask_threshold modules_to_save_learning_rate"
-    least_1 = "prompts_per_step per_device_train_batch_size max_completion_length num_iterations"
-    numbers = {int, float, int | None, float | None}
-    for field in dataclasses.fields(GRPOConfig):
-        if field.type in numbers and field.name != "seed":
-            refused = [-1, 0] if field.name in f"{above_0} {least_1}".split() else [-1]
-            for value in refused:
-                with pytest.raises(ValueError, match=f"{field.name} = {value}: must be finite and"):
-                    GRPOConfig(**{field.name: value})
-            if field.name in least_1.split():
-                GRPOConfig(**{field.name: 1})
 
 
 def test_the_tokens_that_count_in_an_update_are_the_uncertain_ones():
@@ -1659,30 +1168,6 @@ def test_rollouts_are_merged_where_that_is_exact_or_asked_for():
     assert not trainer(tiny_model()).merges  # there is no adapter
 
 
-def test_a_record_is_of_one_run_and_one_share_of_groups_is_dead(tmp_path):
-    only_first = lambda prompts, completions, **_: [
-        float(prompt == prompts[0]) * len(completion[0]["content"])
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    t = trainer(reward=only_first, output_dir=str(tmp_path / "a" / "run"), max_steps=1)
-    assert t.train()["frac_reward_zero_std"] == 0.75
-    with pytest.raises(ValueError, match=r"output_dir: .*run holds another run; name a new"):
-        trainer(output_dir=str(tmp_path / "a" / "run")).train()
-    weights = [0.1, 0.7]
-    assert trainer(reward=[digits] * 2, reward_weights=weights).reward_weights.tolist() == weights
-    rollout = sample(t.model, *prompts(), eos_token_ids=range(0, VOCAB, 3))
-    for p in (0, 1):
-        part = rollout.select([p])
-        assert part.completion_ids.shape[1] == part.completion_mask.sum(dim=1).max()
-
-
-def test_the_first_token_of_the_vocabulary_may_stand_in_a_prompt():
-    t = trainer()
-    t.encode = lambda row: [0, 5, 6][: row["n"]]
-    mask = t.sample([{"n": 3}, {"n": 2}], 2).prompt_mask
-    assert mask.tolist() == [[True, True, True], [False, True, True]]
-
-
 def test_rows_that_the_policy_has_left_lose_their_weight_and_no_others():
     t = trainer(off_policy_mask_threshold=0.5)
     mask = torch.tensor([[True, True], [True, False], [True, True]])
@@ -1692,36 +1177,6 @@ def test_rows_that_the_policy_has_left_lose_their_weight_and_no_others():
     logps = torch.tensor([[-0.4, -0.7], [-0.5, -9.0], [-9.0, -9.0]])
     # nats lost a token: 0.55, then 0.4, and a good row is kept whatever it lost
     assert t.token_weights(batch, logps, logps).tolist() == [[0, 0], [1, 1], [1, 1]]
-
-
-def test_a_ratio_of_sequences_weighed_by_their_length_is_pointed_out():
-    for loss_type in ("dapo", "bnpo", "dr_grpo", "cispo"):
-        with pytest.warns(UserWarning, match=f"{loss_type}' weighs a row by its length"):
-            GRPOConfig(loss_type=loss_type, importance_sampling_level="sequence", epsilon_high=1.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        GRPOConfig(loss_type="grpo", importance_sampling_level="sequence")
-
-
-def test_tokens_are_drawn_in_float32_where_there_is_no_float64(monkeypatch):
-    assert grpo_lora.widest(torch.device("mps")) == torch.float32
-    assert grpo_lora.widest(torch.device("cpu")) == torch.float64
-    asked = []
-    monkeypatch.setattr(grpo_lora, "widest", lambda device: asked.append(device) or torch.float32)
-    model, (ids, mask) = tiny_model(), prompts()
-    rollout = sample(model, ids, mask)
-    assert asked and rollout.completion_mask.any()
-    assert torch.allclose(rollout.logps, one_by_one(model, rollout).float(), atol=1e-4)
-
-
-def test_prompts_take_the_chat_template_the_system_prompt_or_neither():
-    chat = [{"role": "user", "content": "1+2"}]
-    decode = lambda *args: TOKENIZER.decode(encode_prompt(*args))
-    assert decode("1+2", TOKENIZER) == "1+2"
-    assert decode(chat, TOKENIZER) == "<user>1+2<end><assistant>"
-    assert decode("1+2", TOKENIZER, "3") == decode(chat, TOKENIZER, "3") != decode(chat, TOKENIZER)
-    begun = [*chat, {"role": "assistant", "content": "<think>1"}]
-    assert decode(begun, TOKENIZER) == "<user>1+2<end><assistant><think>1"
 
 
 def test_every_eos_id_of_the_tokenizer_and_the_generation_config_counts():

@@ -49,7 +49,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-TOP = ["test_math.py", "test_training.py"]
+TOP = ["test_math.py", "test_training.py", "checks/test_trainer.py"]
 JUDGED = {  # file -> the tests that judge it
     "lora.py": TOP,
     "rewards.py": TOP,
@@ -57,7 +57,7 @@ JUDGED = {  # file -> the tests that judge it
     "runner/fast.py": [*TOP, "checks/test_engine.py"],
     "runner/checkpoints.py": [*TOP, "checks/test_runner.py"],
 }
-SLOW = ("killed", "hangs", "tuning", "signal_finishes", "time_linear")  # words in tests' names
+SLOW = ("killed", "hangs", "tuning", "time_linear")  # words in tests' names
 
 # ---------------------------------------------------------------------------------------- mutants
 

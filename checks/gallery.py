@@ -402,7 +402,8 @@ GALLERY = [
 
 PROJECT = {"lora", "rewards", "grpo_lora", "runner", "checks", "test_math", "test_training"}
 STAY = {"checks.gallery", "checks.test_gallery"}  # they do the loading
-TESTS = ("test_math", "test_training", "checks.test_runner")  # where the tests named above live
+# where the tests named above live
+TESTS = ("test_math", "test_training", "checks.test_trainer", "checks.test_runner")
 
 
 def is_ours(name: str) -> bool:
