@@ -90,7 +90,7 @@ class LoRAConfig:
 class _Switchable(nn.Module):
     """A wrapper around a module, which can be switched off. It shows the module's attributes."""
 
-    disabled = 0  # a count and not a flag, so that contexts nest
+    disabled = False  # True within lora_disabled
     wrapped = ""  # name of the submodule whose attributes (weight, in_features, ...) show through
 
     def __getattr__(self, name: str) -> Any:
@@ -350,14 +350,10 @@ def _adapters(model: nn.Module) -> Adapters:
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Within it the model is its base model, bit for bit. Nests; restores on exceptions."""
-    adapters = list(_adapters(model).values())
-    for module in adapters:
-        module.disabled += 1
-    try:
+    with ExitStack() as stack:
+        for module in _adapters(model).values():
+            stack.enter_context(patch.object(module, "disabled", True))
         yield
-    finally:
-        for module in adapters:
-            module.disabled -= 1
 
 
 @contextmanager
@@ -373,20 +369,16 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
         raise RuntimeError("backward inside lora_merged, which hides the adapter: leave it first")
 
     layers = [m for m in _adapters(model).values() if isinstance(m, LoRALinear)]
-    outer = [layer.merged for layer in layers]
-    with ExitStack() as hooks:
-        try:
-            for layer in layers:
-                layer.merged = layer.merged_weight().detach()
-                # Autograd calls a tensor's hooks when it has that tensor's gradient. The merged
-                # weight asks for one, so a backward pass through it is noticed and refused.
-                layer.merged.requires_grad_().register_hook(refuse)
-                if layer.lora_B.weight.requires_grad:
-                    hooks.callback(layer.lora_B.weight.register_hook(refuse).remove)
-            yield
-        finally:
-            for layer, before in zip(layers, outer, strict=True):
-                layer.merged = before
+    with ExitStack() as stack:
+        for layer in layers:
+            # Autograd calls a tensor's hooks when it has that tensor's gradient. The merged
+            # weight asks for one, so a backward pass through it is noticed and refused.
+            weight = layer.merged_weight().detach().requires_grad_()
+            weight.register_hook(refuse)
+            if layer.lora_B.weight.requires_grad:
+                stack.enter_context(layer.lora_B.weight.register_hook(refuse))
+            stack.enter_context(patch.object(layer, "merged", weight))
+        yield
 
 
 class lora_snapshot:

@@ -177,19 +177,32 @@ GALLERY = [
     # lora_merged has nothing to undo any more. So the patch merges and unmerges where it would.
     Bug(17, "merge and unmerge in place, which drifts",
         "huggingface/trl#6688", "lora.py",
-        "layer.merged = before",
-        "layer.merged = before; W = layer.base_layer.weight.data; "
+        'stack.enter_context(patch.object(layer, "merged", weight))',
+        'stack.enter_context(patch.object(layer, "merged", weight)); '
+        "W = layer.base_layer.weight.data; "
         "change = layer.scaling * layer.lora_B.weight.data @ layer.lora_A.weight.data; "
         "W.add_(change).sub_(change)",
         "test_merging_a_thousand_times_leaves_every_bit_of_the_base"),
     Bug(18, "adapter-off not restored after an exception",
         "huggingface/peft#367", "lora.py",
-        "finally:\n        for module in adapters",
-        "except ArithmeticError:\n        raise\n    else:\n        for module in adapters",
+        """\
+    with ExitStack() as stack:
+        for module in _adapters(model).values():
+            stack.enter_context(patch.object(module, "disabled", True))
+        yield
+""",
+        """\
+    stack = ExitStack()
+    for module in _adapters(model).values():
+        stack.enter_context(patch.object(module, "disabled", True))
+    yield
+    stack.close()
+""",
         "test_adapters_off_is_the_base_model_to_the_bit_through_nesting_and_exceptions"),
     Bug(18, "an inner disable re-enables too early",
         "huggingface/peft#3507", "lora.py",
-        "module.disabled -= 1", "module.disabled = 0",
+        'stack.enter_context(patch.object(module, "disabled", True))',
+        'module.disabled = True; stack.callback(setattr, module, "disabled", False)',
         "test_adapters_off_is_the_base_model_to_the_bit_through_nesting_and_exceptions"),
     # There A lies as (in, r), whose fan-in torch takes to be r: the fan-out of ours, (r, in).
     Bug(19, "A initialised with the wrong fan-in",
