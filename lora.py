@@ -392,10 +392,8 @@ class lora_snapshot:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        now, frozen = dict(self.model.named_parameters()), {}
-        for name, tensor in self.tensors.items():
-            tensor = tensor.to(now[name].device)
-            frozen[id(now[name])] = nn.Parameter(tensor, requires_grad=False)
+        now = dict(self.model.named_parameters())
+        frozen = {id(now[name]): t.to(now[name].device) for name, t in self.tensors.items()}
         with ExitStack() as stack:
             for held in (module._parameters for module in self.model.modules()):
                 own = {key: frozen[id(p)] for key, p in held.items() if id(p) in frozen}
