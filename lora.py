@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,29 +253,20 @@ def make_adapters(model: Any, config: LoRAConfig) -> Adapters:
     modules = dict(model.named_modules())
     if any(isinstance(module, _Switchable) for module in modules.values()):
         raise ValueError("the model already carries a LoRA adapter: merge_and_unload it first")
-    saved = [n for n in modules if any(n.endswith(key) for key in config.modules_to_save or [])]
+    saved = _select(modules, config.modules_to_save or [], str.endswith, "modules_to_save: none")
     saved = [n for n in saved if not any(n.startswith(f"{outer}.") for outer in saved)]  # outermost
     inside = lambda name: any(f"{name}.".startswith(f"{s}.") for s in saved)
     linear = [n for n, module in modules.items() if _is_linear(module) and not inside(n)]
-    if config.target_modules == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        targets = [name for name in linear if modules[name] is not head]
-    else:
-        targets = [name for name in linear if _matches(name, config.target_modules)]
+    others = {type(module).__name__ for n, module in modules.items() if n not in linear}
+    odd = "".join(f" ({kind} cannot be adapted)" for kind in sorted(others) if "Linear" in kind)
 
-    kinds = {n: type(module).__name__ for n, module in modules.items() if n not in linear}
-    odd = sorted({kind for kind in kinds.values() if "Linear" in kind})
-    note = f" ({', '.join(odd)} cannot be adapted)" if odd else ""
     wanted = config.target_modules
-    for target in [wanted] if isinstance(wanted, str) else [[name] for name in wanted]:
-        found = targets if target == "all-linear" else [n for n in targets if _matches(n, target)]
-        _require(found, f"target_modules: {target!r} matches no linear layer{note}", linear)
-    for ending in config.modules_to_save or []:
-        found = [name for name in modules if name.endswith(ending)]
-        _require(found, f"modules_to_save: {ending!r} matches no module", modules)
-    for key in [*config.rank_pattern, *config.alpha_pattern]:
-        found = [name for name in targets if _pattern_value({key: True}, name, False)]
-        _require(found, f"rank_pattern, alpha_pattern: {key!r} matches no adapted layer", targets)
+    if wanted == "all-linear" and hasattr(model, "get_output_embeddings"):
+        linear = [n for n in linear if modules[n] is not model.get_output_embeddings()]
+    keys, matches = ([wanted], _by_regex) if isinstance(wanted, str) else (wanted, _by_ending)
+    targets = _select(linear, keys, matches, f"target_modules: no linear layer{odd}")
+    patterns = [*config.rank_pattern, *config.alpha_pattern]  # each must match
+    _select(targets, patterns, _by_pattern, "rank_pattern, alpha_pattern: no adapted layer")
 
     layers: Adapters = {}
     for name in targets:
@@ -288,11 +279,28 @@ def make_adapters(model: Any, config: LoRAConfig) -> Adapters:
     return layers | {name: TrainedCopy(modules[name]) for name in saved}
 
 
-def _require(found: list[str], otherwise: str, there: Iterable[str]) -> None:
-    """Raises ValueError, with the names that there are, if nothing was found."""
-    if not found:
-        names = {name.rpartition(".")[2] for name in there if name and not name[-1].isdigit()}
-        raise ValueError(f"{otherwise}; there are {', '.join(sorted(names))}")
+# PEFT's rules of which names a setting means: target_modules that is text, target_modules that is a
+# list, a key of rank_pattern or alpha_pattern. (In modules_to_save any ending will do.)
+_by_regex = lambda name, regex: regex == "all-linear" or re.fullmatch(regex, name)
+_by_ending = lambda name, ending: f".{name}".endswith(f".{ending}")
+_by_pattern = lambda name, regex: re.fullmatch(rf"(.*\.)?({regex})", name)
+
+
+def _select(
+    names: Collection[str], keys: list[str], matches: Callable[[str, str], Any], nothing: str
+) -> list[str]:
+    """The names that match a key, in their own order. Raises ValueError for a key that matches
+    nothing, with the names that there are."""
+    for key in keys:
+        if not any(matches(name, key) for name in names):
+            there = {name.rpartition(".")[2] for name in names if name and not name[-1].isdigit()}
+            raise ValueError(f"{nothing} matches {key!r}; there are {', '.join(sorted(there))}")
+    return [name for name in names if any(matches(name, key) for key in keys)]
+
+
+def _pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key that matches the name."""
+    return next((value for key, value in pattern.items() if _by_pattern(name, key)), default)
 
 
 def _insert(model: Any, config: LoRAConfig, layers: Adapters) -> Any:
@@ -322,19 +330,6 @@ def _is_linear(module: Any) -> bool:
         return isinstance(y, Tensor) and torch.allclose(y.float(), wanted.float(), 0.02, 0.02)
     except Exception:  # a router, say, takes other inputs, and may raise anything
         return False
-
-
-def _matches(name: str, targets: str | list[str]) -> bool:
-    """PEFT's rule: a string is a regex for the whole name, a list holds dotted endings of names."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is a regex for an ending of the name counts."""
-    fits = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(fits, default)
 
 
 def _adapters(model: nn.Module) -> Adapters:
