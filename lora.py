@@ -139,6 +139,7 @@ class LoRALinear(_Switchable):
 
     def _init_weights(self, config: LoRAConfig, r: int) -> None:
         A, B = self.lora_A.weight, self.lora_B.weight
+        nn.init.zeros_(B)
         if config.init_lora_weights == "pissa":
             W = dense_weight(self.base_layer)
             # Meng et al. 2024. W = U S Vᵀ: A and B get the r largest directions, the rest stays
@@ -149,14 +150,12 @@ class LoRALinear(_Switchable):
             A.copy_(root @ Vh[:r])
             B.copy_(U[:, :r] @ root)
             self.residual = (W.to(A.dtype) - self.scaling * B @ A).to(W.dtype)
+        elif config.init_lora_weights == "gaussian":
+            nn.init.normal_(A, std=1 / r)
         else:
-            nn.init.zeros_(B)
-            if config.init_lora_weights == "gaussian":
-                nn.init.normal_(A, std=1 / r)
-            else:
-                # Why √5? kaiming_uniform_ draws from ±√(6 / ((1 + a²) in)), so a = √5 gives
-                # ±1/√in, which is nn.Linear's own default
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            # Why √5? kaiming_uniform_ draws from ±√(6 / ((1 + a²) in)), so a = √5 gives ±1/√in,
+            # which is nn.Linear's own default
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if config.use_dora:
             self.lora_magnitude_vector = nn.Parameter(self._norm())
 
