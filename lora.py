@@ -32,6 +32,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer: its weight is (in, out)
 
+
+@contextmanager
+def naming(what: Any, *kinds: type[Exception]) -> Iterator[None]:
+    """Within it an error of these kinds becomes a ValueError that says what it is about."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
 # ---------------------------------------------------------------------------------- configuration
 
 
@@ -71,10 +81,8 @@ class LoRAConfig:
                 raise ValueError(f"{name} = {alpha!r}: an alpha is a finite number above 0")
         targets = [self.target_modules] if isinstance(self.target_modules, str) else []
         for pattern in [*targets, *self.rank_pattern, *self.alpha_pattern]:
-            try:
+            with naming(f"{pattern!r} is not a regular expression", re.error):
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout = {self.lora_dropout}: must be at least 0 and below 1")
         if self.bias != "none":
@@ -271,10 +279,8 @@ def make_adapters(model: Any, config: LoRAConfig) -> Adapters:
     for name in targets:
         r = _pattern_value(config.rank_pattern, name, config.r)
         alpha = _pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        try:
+        with naming(name, ValueError):
             layers[name] = LoRALinear(modules[name], r, alpha, config)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
     return layers | {name: TrainedCopy(modules[name]) for name in saved}
 
 
@@ -497,14 +503,10 @@ def load_lora(model: Any, directory: str | Path) -> Any:
     wrong names loads as one that does nothing.)
     """
     config, file = read_lora_config(directory), Path(directory) / "adapter_model.safetensors"
-    try:
+    with naming(f"{file}: cannot be read as a safetensors file", OSError, SafetensorError):
         tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: cannot be read as a safetensors file: {error}") from None
-    try:
+    with naming(directory, ValueError):
         adapters = make_adapters(model, config)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
     wanted, base = _file_tensors(adapters), dict(model.named_parameters(remove_duplicate=False))
     for key in tensors.keys() - wanted.keys():  # PEFT adds the base weight of an adapted head
         weight = base.get(key.removeprefix(PREFIX).replace(".base_layer", ""))
@@ -524,10 +526,8 @@ def load_lora(model: Any, directory: str | Path) -> Any:
 def read_lora_config(directory: str | Path) -> LoRAConfig:
     """The LoRAConfig of a saved adapter. Raises ValueError for an active PEFT setting we lack."""
     file = Path(directory) / "adapter_config.json"
-    try:
+    with naming(f"{file}: cannot be read as JSON", OSError, ValueError):
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         found = raw.get("peft_type") if isinstance(raw, dict) else raw
         raise ValueError(f"{file}: peft_type is {found!r}; only 'LORA' adapters can be loaded")
@@ -538,7 +538,5 @@ def read_lora_config(directory: str | Path) -> LoRAConfig:
     if raw.get("init_lora_weights") in (False, "orthogonal"):  # these leave W alone
         raw["init_lora_weights"] = True  # and A and B are in the file
     given = {key: value for key, value in raw.items() if key in ours and value is not None}
-    try:
+    with naming(file, ValueError, TypeError):
         return LoRAConfig(**given)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from None
