@@ -458,7 +458,6 @@ def param_groups(
 
 
 PREFIX = "base_model.model."  # PEFT's nesting: PeftModel.base_model (a LoraModel) .model
-TRAINED = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 # PEFT settings that we lack, at a value (other than None, False or empty) that does nothing
 INACTIVE = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 IGNORED = "base_model_name_or_path peft_type task_type peft_version".split()
@@ -466,14 +465,12 @@ IGNORED += "revision inference_mode fan_in_fan_out auto_mapping".split()
 
 
 def _file_tensors(adapters: Adapters) -> dict[str, Tensor]:
-    """PEFT's file keys -> our parameters."""
+    """PEFT's file keys -> our tensors: all of an adapter but the original module."""
     tensors: dict[str, Tensor] = {}
     for name, module in adapters.items():
-        if isinstance(module, LoRALinear):
-            state = {key: p for key, p in module.named_parameters() if key in TRAINED}
-        else:
-            state = dict(module.trained.state_dict(keep_vars=True))
-        tensors.update({f"{PREFIX}{name}.{key}": value for key, value in state.items()})
+        for key, value in module.state_dict(keep_vars=True).items():
+            if not key.startswith(("base_layer.", "original.")):
+                tensors[f"{PREFIX}{name}.{key.removeprefix('trained.')}"] = value
     return tensors
 
 
