@@ -260,8 +260,8 @@ def make_adapters(model: Any, config: LoRAConfig) -> Adapters:
     modules = dict(model.named_modules())
     if any(isinstance(module, _Switchable) for module in modules.values()):
         raise ValueError("the model already carries a LoRA adapter: merge_and_unload it first")
-    saved = _select(modules, config.modules_to_save or [], str.endswith, "modules_to_save: none")
-    saved = [n for n in saved if not any(n.startswith(f"{outer}.") for outer in saved)]  # outermost
+    named = _select(modules, config.modules_to_save or [], str.endswith, "modules_to_save: none")
+    saved = [n for n in named if not any(n.startswith(f"{outer}.") for outer in named)]  # outermost
     inside = lambda name: any(f"{name}.".startswith(f"{s}.") for s in saved)
     linear = [n for n, module in modules.items() if _is_linear(module) and not inside(n)]
     others = {type(module).__name__ for n, module in modules.items() if n not in linear}
@@ -272,13 +272,13 @@ def make_adapters(model: Any, config: LoRAConfig) -> Adapters:
         linear = [n for n in linear if modules[n] is not model.get_output_embeddings()]
     keys, matches = ([wanted], _by_regex) if isinstance(wanted, str) else (wanted, _by_ending)
     targets = _select(linear, keys, matches, f"target_modules: no linear layer{odd}")
-    patterns = [*config.rank_pattern, *config.alpha_pattern]  # each must match
-    _select(targets, patterns, _by_pattern, "rank_pattern, alpha_pattern: no adapted layer")
+    ranks = _select(targets, config.rank_pattern, _by_pattern, "rank_pattern: no adapted layer")
+    alphas = _select(targets, config.alpha_pattern, _by_pattern, "alpha_pattern: no adapted layer")
 
     layers: Adapters = {}
     for name in targets:
-        r = _pattern_value(config.rank_pattern, name, config.r)
-        alpha = _pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        r = config.rank_pattern[ranks[name]] if name in ranks else config.r
+        alpha = config.alpha_pattern[alphas[name]] if name in alphas else config.lora_alpha
         with naming(name, ValueError):
             layers[name] = LoRALinear(modules[name], r, alpha, config)
     return layers | {name: TrainedCopy(modules[name]) for name in saved}
@@ -292,20 +292,16 @@ _by_pattern = lambda name, regex: re.fullmatch(rf"(.*\.)?({regex})", name)
 
 
 def _select(
-    names: Collection[str], keys: list[str], matches: Callable[[str, str], Any], nothing: str
-) -> list[str]:
-    """The names that match a key, in their own order. Raises ValueError for a key that matches
-    nothing, with the names that there are."""
+    names: Collection[str], keys: Collection[str], matches: Callable[..., Any], nothing: str
+) -> dict[str, str]:
+    """The names that match a key, in their own order -> the first key that each matches. Raises
+    ValueError for a key that matches nothing, with the names that there are."""
     for key in keys:
         if not any(matches(name, key) for name in names):
             there = {name.rpartition(".")[2] for name in names if name and not name[-1].isdigit()}
             raise ValueError(f"{nothing} matches {key!r}; there are {', '.join(sorted(there))}")
-    return [name for name in names if any(matches(name, key) for key in keys)]
-
-
-def _pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that matches the name."""
-    return next((value for key, value in pattern.items() if _by_pattern(name, key)), default)
+    found = {name: [key for key in keys if matches(name, key)] for name in names}
+    return {name: matching[0] for name, matching in found.items() if matching}
 
 
 def _insert(model: Any, config: LoRAConfig, layers: Adapters) -> Any:
