@@ -14,13 +14,12 @@ biases, several adapters at once, fused expert weights of mixtures of experts. (
 """
 
 import copy
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -311,7 +310,7 @@ def _insert(model: Any, config: LoRAConfig, layers: Adapters) -> Any:
         layer.train(model.get_submodule(name).training)
         model.set_submodule(name, layer)
     names = lambda kind: [name for name, layer in layers.items() if isinstance(layer, kind)]
-    model.lora_config = dataclasses.replace(
+    model.lora_config = replace(
         config, target_modules=names(LoRALinear), modules_to_save=names(TrainedCopy) or None
     )
     return model
@@ -481,7 +480,7 @@ def save_lora(model: Any, directory: str | Path) -> None:
     transposed = any(getattr(module, "transposed", False) for module in adapters.values())
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
     config |= {"base_model_name_or_path": base_name, "fan_in_fan_out": transposed}
-    config |= dataclasses.asdict(model.lora_config)
+    config |= asdict(model.lora_config)
     tensors = {k: v.detach().contiguous().cpu() for k, v in _file_tensors(adapters).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -524,7 +523,7 @@ def read_lora_config(directory: str | Path) -> LoRAConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         found = raw.get("peft_type") if isinstance(raw, dict) else raw
         raise ValueError(f"{file}: peft_type is {found!r}; only 'LORA' adapters can be loaded")
-    ours = {f.name for f in dataclasses.fields(LoRAConfig)}
+    ours = {f.name for f in fields(LoRAConfig)}
     for key, value in raw.items():
         if key not in ours and key not in IGNORED and value and value != INACTIVE.get(key):
             raise ValueError(f"{file}: {key} = {value!r} does not work here; load it with peft")
