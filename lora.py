@@ -309,10 +309,9 @@ def _insert(model: Any, config: LoRAConfig, layers: Adapters) -> Any:
     for name, layer in layers.items():
         layer.train(model.get_submodule(name).training)
         model.set_submodule(name, layer)
-    names = lambda kind: [name for name, layer in layers.items() if isinstance(layer, kind)]
-    model.lora_config = replace(
-        config, target_modules=names(LoRALinear), modules_to_save=names(TrainedCopy) or None
-    )
+    targets = [name for name, layer in layers.items() if isinstance(layer, LoRALinear)]
+    saved = [name for name in layers if name not in targets]
+    model.lora_config = replace(config, target_modules=targets, modules_to_save=saved or None)
     return model
 
 
