@@ -483,17 +483,17 @@ class GRPOTrainer:
                 for batch in micro_batches:
                     piece, kept = batch.rollout, batch.rollout.completion_mask
                     logps, entropies = self.logps(piece)  # (b, T), (b, T)
-                    # a batch that is used once has none: the policy has not moved, and ρ is 1
-                    old_logps = logps.detach() if batch.old_logps is None else batch.old_logps
+                    if batch.old_logps is None:  # the policy has not moved yet, and ρ is 1
+                        batch.old_logps = logps.detach()
                     loss, stats = grpo_loss(
-                        logps, old_logps, batch.advantages, kept, ref_logps=batch.ref_logps,
-                        token_weights=self.token_weights(batch, logps.detach(), old_logps),
+                        logps, batch.old_logps, batch.advantages, kept, ref_logps=batch.ref_logps,
+                        token_weights=self.token_weights(batch, logps.detach(), batch.old_logps),
                         normalizer=normalizer, **self.objective,
                     )  # fmt: skip
                     (loss * loss_scale).backward()
                     total += loss.item()
                     stats["entropy"] = entropies[kept].mean().item()
-                    stats[GAP] = (old_logps - piece.logps)[kept].abs().mean().item()
+                    stats[GAP] = (batch.old_logps - piece.logps)[kept].abs().mean().item()
                     parts.append((int(kept.sum()), stats))
             if not rollout.logps.isfinite().all():
                 total = math.nan  # a broken policy shows here, also where no group needs a forward
@@ -567,7 +567,7 @@ class GRPOTrainer:
 
     @torch.no_grad()
     def micro_batches(self, rollout: "Rollout", advantages: Tensor) -> list["MicroBatch"]:
-        """This process's groups, by length to save padding, with old and reference log-probs.
+        """This process's groups, by length to save padding, with reference log-probs.
 
         A group without advantage has no gradient, and needs no forward, unless something else looks
         at it: the KL, the entropies, or other processes that take part in this one's forward."""
@@ -579,13 +579,10 @@ class GRPOTrainer:
         size, batches = max(1, args.per_device_train_batch_size // G), []
         for some in (groups[i : i + size] for i in range(0, len(groups), size)):
             batches.append(MicroBatch(some, rollout.select(some), advantages[some].flatten()))
-        with evaluating(self.model):
-            for batch in batches:
-                if args.num_iterations > 1:
-                    batch.old_logps, _ = self.logps(batch.rollout)
-                if args.beta:
-                    with self.reference():
-                        batch.ref_logps, _ = self.logps(batch.rollout)
+        if args.beta:
+            with evaluating(self.model), self.reference():
+                for batch in batches:
+                    batch.ref_logps, _ = self.logps(batch.rollout)
         return batches
 
     @torch.no_grad()
@@ -833,7 +830,7 @@ class MicroBatch:
     prompts: list[int]  # which of the whole rollout's
     rollout: "Rollout"
     advantages: Tensor  # (b,)
-    old_logps: Tensor | None = None  # (b, T), like the rest. None: the present ones serve
+    old_logps: Tensor | None = None  # (b, T), like the rest; None until the first forward
     ref_logps: Tensor | None = None
     uncertain: Tensor | None = None
 
