@@ -31,7 +31,7 @@ import time
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -865,18 +865,14 @@ def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float
 def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None]:
     """Eval mode within; each module's own mode after. adapter_dropout: that and activation
     checkpointing act, for the loss. A base model's own dropout never does."""
-    before = []
-    for name, module in model.named_modules():
-        held = vars(module)  # a layer that is checkpointed may hold its dropout rate as a number
-        rates = {key: x for key, x in held.items() if "dropout" in key and isinstance(x, float)}
-        before.append((held, {"training": module.training} | rates))
-        acts = "lora_dropout" in name or getattr(module, "gradient_checkpointing", False)
-        held.update(dict.fromkeys(rates, 0.0), training=adapter_dropout and acts)
-    try:
+    with ExitStack() as after:
+        for name, module in model.named_modules():
+            held = vars(module)  # a checkpointed layer may hold its dropout rate as a number
+            rates = {key: x for key, x in held.items() if "dropout" in key and isinstance(x, float)}
+            after.callback(held.update, rates, training=module.training)
+            acts = "lora_dropout" in name or getattr(module, "gradient_checkpointing", False)
+            held.update(dict.fromkeys(rates, 0.0), training=adapter_dropout and acts)
         yield
-    finally:
-        for held, own in before:
-            held.update(own)
 
 
 def default_learning_rate(model: nn.Module) -> float:
