@@ -540,10 +540,9 @@ class GRPOTrainer:
         tails = zip(rollout.prompt_ids[:, -16:], rollout.prompt_mask[:, -16:], strict=True)
         opened = [OPENED.findall(str(self.tokenizer.decode(tail[seen])))[0] for tail, seen in tails]
         texts = [opened[i // G] + text for i, text in enumerate(texts)]
-        names = ("max_steps", "max_completion_length")
-        state = {"global_step": self.step} | {name: getattr(self.args, name) for name in names}
-        given: dict[str, Any] = {"trainer_state": SimpleNamespace(**state)}
-        given["log_metric"] = lambda name, x: self.reward_metrics.append((1, {name: float(x)}))
+        state = SimpleNamespace(**vars(self.args), global_step=self.step)
+        log_metric = lambda name, x: self.reward_metrics.append((1, {name: float(x)}))
+        given = {"trainer_state": state, "log_metric": log_metric}
         scores, extra = call_rewards(self.reward_funcs, rows, texts, ids, **given)
         columns = extra | {  # ours replace what a reward logs by the same name
             "prompt": [row["prompt"] for row in rows], "completion": texts,
