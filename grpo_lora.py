@@ -687,8 +687,7 @@ class GRPOTrainer:
     def share(self, rows: Rows) -> Rows:
         """This process's part of some rows. Where they do not divide, the last one is repeated."""
         each = -(-len(rows) // self.world)
-        padded = rows + rows[-1:] * (each * self.world - len(rows))
-        return padded[self.rank * each :][:each]
+        return (rows + rows[-1:] * self.world)[self.rank * each :][:each]
 
     def seed(self, *what: Any) -> None:
         """Reseed everything from the run's seed and `what`, so that a resumed run goes on as it
