@@ -1102,12 +1102,10 @@ class CausalLM:
         self.core: Any = model.get_base_model() if wrapped else model
         check_causal(self.core, getattr(model, "peft_config", {}))
         # get_decoder is wrong for Llama 4 and ModernBERT: take the child that holds the embeddings
-        decoder, embeddings = self.core.get_decoder(), self.core.get_input_embeddings()
-        holds = lambda module: any(inner is embeddings for inner in module.modules())
-        if decoder is self.core or not holds(decoder):
-            decoder = next(child for child in self.core.children() if holds(child))
-        self.decoder: Any = decoder
-        accepted = inspect.signature(decoder.forward).parameters
+        embeddings = self.core.get_input_embeddings()
+        parts = [m for m in (self.core.get_decoder(), *self.core.children()) if m is not self.core]
+        self.decoder: Any = next(part for part in parts if embeddings in part.modules())
+        accepted = inspect.signature(self.decoder.forward).parameters
         self.takes_positions = "position_ids" in accepted
         names = ("cache", "past_key_values")  # transformers from 5.24, and before
         self.cache_name = next((name for name in names if name in accepted), "")
