@@ -480,7 +480,7 @@ def save_lora(model: Any, directory: str | Path) -> None:
     config |= asdict(model.lora_config)
     tensors = {k: v.detach().contiguous().cpu() for k, v in _file_tensors(adapters).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config, indent=2) + "\n"  # unsorted: of a pattern the first key counts
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")
 
 

@@ -656,6 +656,7 @@ ADAPTERS = {
     "rslora": {"use_rslora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*.up_proj": 3}},
+    "patterns in order": {"alpha_pattern": {"up_proj": 80, ".*": 3}},  # the first that fits counts
     "saved": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]},
     "saved among all": {"modules_to_save": ["mlp"]},  # all-linear then leaves out what is inside
     "nested": {"modules_to_save": ["mlp", "down_proj"], "target_modules": ["q_proj"]},
