@@ -1052,21 +1052,10 @@ def completion_logps(
     there is no cache to repeat, each row is read whole, to the same effect.
     """
     lm = model if isinstance(model, CausalLM) else CausalLM(model)
-    mask = rollout.completion_mask
-    hidden = _completion_hidden(lm, rollout, share_prompt)  # (B, T, H)
-    h, targets = hidden[mask], rollout.completion_ids[mask]  # (n, H), (n,)
-    logps, entropies = lm.token_logps(h, targets, temperature, chunk_size)  # (n,), (n,)
-    blank = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
-    return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
-
-
-def _completion_hidden(lm: "CausalLM", rollout: Rollout, share_prompt: bool) -> Tensor:
-    """(B, T, H): the hidden state before each completion token, which predicts that token."""
-    G, T = rollout.num_generations, rollout.completion_ids.shape[1]
-    modules = [m for m in lm.core.modules() if getattr(m, "gradient_checkpointing", False)]
-    again = torch.is_grad_enabled() and any(m.training for m in modules)  # in the backward pass
-    share = share_prompt and lm.takes_cache and not again  # transformers then drops the cache
-    parts = []
+    G, T, mask = rollout.num_generations, rollout.completion_ids.shape[1], rollout.completion_mask
+    # transformers drops the cache where layers are computed again in the backward pass
+    again = torch.is_grad_enabled() and lm.core.is_activation_checkpointing
+    share, parts = share_prompt and lm.takes_cache and not again, []
     for prompt, seen, rows in lm.prompt_batches(rollout.prompt_ids, rollout.prompt_mask, G, share):
         inputs = rollout.completion_ids[rows, : T - 1]  # the last token predicts nothing here
         all_seen = pad(seen.repeat_interleave(G, dim=0), (0, T - 1), value=True)
@@ -1079,8 +1068,12 @@ def _completion_hidden(lm: "CausalLM", rollout: Rollout, share_prompt: bool) -> 
         else:
             whole = torch.cat([prompt.repeat_interleave(G, dim=0), inputs], dim=1)
             hidden = lm.hidden(whole, all_seen)[:, prompt.shape[1] - 1 :]
-        parts.append(hidden)
-    return torch.cat(parts)
+        parts.append(hidden)  # (b, T, H): the state before each token, which predicts that token
+    hidden = torch.cat(parts)  # (B, T, H)
+    h, targets = hidden[mask], rollout.completion_ids[mask]  # (n, H), (n,)
+    logps, entropies = lm.token_logps(h, targets, temperature, chunk_size)  # (n,), (n,)
+    blank = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
+    return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
 
 
 # -------------------------------------------------------------------- the model, seen as two parts
