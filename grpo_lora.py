@@ -20,19 +20,17 @@ Left out, and refused: vLLM and other servers, tools, multi-turn, images, the en
 router losses, learned reward models. (TRL and verl have them.)
 """
 
-import difflib
 import hashlib
 import inspect
 import json
 import math
-import operator
 import sys
 import time
 import warnings
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,8 +48,11 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, get_scheduler
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lora import LoRALinear, default_reference, lora_merged, param_groups, save_lora, setting
+from lora import LoRALinear, default_reference, lora_merged, param_groups, save_lora
 from rewards import OPENED, call_rewards, check_gold, reward_function, reward_name
+
+# isort: split
+from lora import check_choice, check_settings, naming, setting
 
 # ---------------------------------------------------------------------------------- the objective
 
@@ -284,28 +285,6 @@ def grpo_loss(
 
 
 # --------------------------------------------------------------------------------------- settings
-
-
-def check_settings(settings: Any) -> None:
-    """Raises ValueError for a setting that breaks its rules: choices, at_least, above, at_most."""
-    holds = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        rules: Any = {} if value is None else f.metadata
-        if "choices" in rules:
-            check_choice(value, rules["choices"], f.name)
-        for rule in holds.keys() & rules.keys():
-            if not (holds[rule](value, rules[rule]) and math.isfinite(value)):
-                words = f"{rule.replace('_', ' ')} {rules[rule]}{rules.get('why', '')}"
-                raise ValueError(f"{f.name} = {value}: must be finite and {words}")
-
-
-def check_choice(value: Any, choices: Iterable[str], what: str) -> None:
-    """Raises ValueError for a value that is none of the choices, naming one that is near."""
-    if value not in (choices := list(choices)):
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what}: {value!r} is unknown{hint} (all: {', '.join(choices):.200})")
 
 
 Rows = Any  # a sequence of dicts: rows of a data set, or samples
@@ -1240,7 +1219,8 @@ def check_dataset(
         raise ValueError("the data set is empty")
     for i in range(len(rows)):
         row = rows[i]
-        try:
+        where = getattr(row, "origin", f"dataset row {i}")  # a file and line, if known
+        with naming(where, Exception):  # a chat template is a program, and may raise anything
             has = f"the row has {', '.join(row) or 'no column'}"
             if "prompt" not in row:
                 raise ValueError(f"'prompt' is missing (--prompt_column names another); {has}")
@@ -1259,9 +1239,6 @@ def check_dataset(
                 except TypeError as error:
                     raise ValueError(f"reward {reward_name(function)}: {error}; {has}") from None
                 check_gold(function, row)
-        except Exception as error:  # a chat template is a program, and may raise anything
-            where = getattr(row, "origin", f"dataset row {i}")  # a file and line, if known
-            raise ValueError(f"{where}: {error}") from error
 
 
 # -------------------------------------------------------------------------------------- processes

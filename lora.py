@@ -14,14 +14,17 @@ biases, several adapters at once, fused expert weights of mixtures of experts. (
 """
 
 import copy
+import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
+from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -31,64 +34,43 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer: its weight is (in, out)
 
-
-@contextmanager
-def naming(what: Any, *kinds: type[Exception]) -> Iterator[None]:
-    """Within it an error of these kinds becomes a ValueError that says what it is about."""
-    try:
-        yield
-    except kinds as error:
-        raise ValueError(f"{what}: {error}") from None
-
-
 # ---------------------------------------------------------------------------------- configuration
 
 
 def setting(default: Any, help: str, **rules: Any) -> Any:
-    """A field of a dataclass of settings. rules: see grpo_lora.check_settings."""
+    """A field of a dataclass of settings. rules: see check_settings."""
     kind: dict[str, Any] = {"default_factory": dict} if default == {} else {"default": default}
     return field(**kind, metadata={"help": help, **rules})
 
 
+# fmt: off
 @dataclass
 class LoRAConfig:
     """What to adapt and how. Names, meanings and defaults are PEFT's (its target_modules: None)."""
 
-    r: int = setting(8, "Rank of the update B A.")
-    lora_alpha: float = setting(8, "The update is scaled by s = lora_alpha / r.")
-    lora_dropout: float = setting(0.0, "Dropout on the adapter's input, in training only.")
+    r: int = setting(8, "Rank of the update B A.", at_least=1)
+    lora_alpha: float = setting(8, "The update is scaled by s = lora_alpha / r.", above=0)
+    lora_dropout: float = setting(0.0, "Dropout on the adapter's input, in training only.",
+                                  at_least=0, below=1)
     # "all-linear" is every linear layer but the output head
     target_modules: str | list[str] = setting("all-linear", "'all-linear', a regex, or names.")
     modules_to_save: list[str] | None = setting(None, "Modules of which a full copy is trained.")
-    bias: str = setting("none", "Only 'none': biases stay frozen.")
+    bias: str = setting("none", "Only 'none': biases stay frozen.", choices=["none"],
+                        why="; or use modules_to_save")
     use_rslora: bool = setting(False, "s = lora_alpha / sqrt(r) (Kalajdzievski 2023).")
     use_dora: bool = setting(False, "Train magnitude and direction apart (Liu et al. 2024).")
-    init_lora_weights: bool | str = setting(True, "True (A uniform, B 0), 'gaussian' or 'pissa'.")
-    rank_pattern: dict[str, int] = setting({}, "Module name or regex -> its own r.")
-    alpha_pattern: dict[str, float] = setting({}, "Module name or regex -> its own lora_alpha.")
+    init_lora_weights: bool | str = setting(True, "True (A uniform, B 0), 'gaussian' or 'pissa'.",
+                                            choices=[True, "gaussian", "pissa"])
+    rank_pattern: dict[str, int] = setting({}, "Module name or regex -> its own r.", at_least=1)
+    alpha_pattern: dict[str, float] = setting({}, "Name or regex -> its own lora_alpha.", above=0)
+    # fmt: on
 
     def __post_init__(self) -> None:
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name} = {getattr(self, name)!r}: must map names to values")
-        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": r for k, r in self.rank_pattern.items()}
-        for name, r in ranks.items():
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise ValueError(f"{name} = {r!r}: a rank is a whole number of at least 1")
-        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-                raise ValueError(f"{name} = {alpha!r}: an alpha is a finite number above 0")
+        check_settings(self)
         targets = [self.target_modules] if isinstance(self.target_modules, str) else []
         for pattern in [*targets, *self.rank_pattern, *self.alpha_pattern]:
             with naming(f"{pattern!r} is not a regular expression", re.error):
                 re.compile(pattern)
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout = {self.lora_dropout}: must be at least 0 and below 1")
-        if self.bias != "none":
-            raise ValueError(f"bias = {self.bias!r}: must be 'none'; or use modules_to_save")
-        init = self.init_lora_weights
-        if init is not True and init not in ("gaussian", "pissa"):
-            raise ValueError(f"init_lora_weights = {init!r}: must be True, 'gaussian' or 'pissa'")
 
 
 # ----------------------------------------------------------------------------------------- layers
@@ -529,3 +511,47 @@ def read_lora_config(directory: str | Path) -> LoRAConfig:
     given = {key: value for key, value in raw.items() if key in ours and value is not None}
     with naming(file, ValueError, TypeError):
         return LoRAConfig(**given)
+
+
+# ---------------------------------------------------------------------------- settings and errors
+
+
+def check_settings(settings: Any) -> None:
+    """Raises ValueError for a setting that breaks its rules: choices; or at_least, above, at_most
+    and below for a number, or for each value of a dict. why: how the message ends."""
+    holds = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
+    for f in fields(settings):
+        value, rules, why = getattr(settings, f.name), f.metadata, f.metadata.get("why", "")
+        if f.default_factory is dict and not isinstance(value, dict):
+            raise ValueError(f"{f.name} = {value!r}: must map names to values")
+        bounds = [rule for rule in holds if rule in rules]
+        kind = Integral if int in (f.type, *get_args(f.type)) else Real
+        values = {f.name: value}
+        if isinstance(value, dict):
+            values = {f"{f.name}[{key!r}]": x for key, x in value.items()}
+        for name, x in values.items() if value is not None else ():
+            if "choices" in rules:
+                check_choice(x, rules["choices"], name, why)
+            number = isinstance(x, kind) and not isinstance(x, bool) and math.isfinite(x)
+            if bounds and not (number and all(holds[rule](x, rules[rule]) for rule in bounds)):
+                words = " and ".join(f"{rule.replace('_', ' ')} {rules[rule]}" for rule in bounds)
+                what = "whole" if kind is Integral else "finite"
+                raise ValueError(f"{name} = {x!r}: must be a {what} number {words}{why}")
+
+
+def check_choice(value: Any, choices: Iterable[Any], what: str, why: str = "") -> None:
+    """Raises ValueError for a value that is none of the choices, naming one that is near."""
+    if value not in (choices := list(choices)):
+        names = list(map(str, choices))
+        near = difflib.get_close_matches(str(value), names, 1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what}: {value!r} is unknown{hint} (all: {', '.join(names):.200}){why}")
+
+
+@contextmanager
+def naming(what: Any, *kinds: type[Exception]) -> Iterator[None]:
+    """Within it an error of these kinds becomes a ValueError that says what it is about."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{what}: {error}") from error

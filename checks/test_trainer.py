@@ -250,9 +250,10 @@ def test_tokens_are_drawn_in_float32_where_there_is_no_float64(monkeypatch):
         ({"rank_pattern": ["up"]}, ["rank_pattern", "must map"]),
         ({"lora_alpha": "8"}, ["lora_alpha", "'8'"]),
         ({"lora_alpha": 0}, ["lora_alpha = 0"]),
-        ({"alpha_pattern": {"up": math.inf}}, ["up = inf"]),
+        ({"alpha_pattern": {"up": math.inf}}, ["alpha_pattern", "'up'] = inf"]),
         ({"target_modules": "up("}, ["'up('", "not a regular expression"]),
-        ({"lora_dropout": 1.0}, ["lora_dropout"]),
+        ({"lora_dropout": 1.0}, ["lora_dropout = 1.0", "below 1"]),
+        ({"r": True}, ["r = True", "whole"]),
         ({"bias": "all"}, ["bias", "modules_to_save"]),
         ({"init_lora_weights": "olora"}, ["olora", "pissa"]),
     ],
@@ -354,9 +355,14 @@ def test_a_trainer_that_cannot_work_says_so():
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"max_steps": -1}, "max_steps = -1: must be finite and at least 0"),
-        ({"temperature": 0.0}, "temperature = 0.0: must be finite and above 0"),
-        ({"top_entropy_quantile": 1.5}, "top_entropy_quantile = 1.5: must be finite and at most 1"),
+        ({"max_steps": "9"}, "max_steps = '9': must be a whole number at least 0"),
+        ({"prompts_per_step": 2.0}, "prompts_per_step = 2.0: must be a whole number"),
+        ({"max_steps": -1}, "max_steps = -1: must be a whole number at least 0"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be a finite number above 0"),
+        (
+            {"top_entropy_quantile": 1.5},
+            "top_entropy_quantile = 1.5: must be a finite number above 0 and at most 1",
+        ),
         ({"num_generations": 1}, "an advantage compares completions of one prompt"),
         ({"loss_type": "dapoo"}, "loss_type: 'dapoo' is unknown, did you mean 'dapo'"),
         ({"merge_half_precision": True}, "merge_half_precision: needs sampler_correction"),
@@ -384,7 +390,9 @@ def test_no_number_below_its_bound_is_taken():
         if field.type in numbers and field.name != "seed":
             refused = [-1, 0] if field.name in f"{above_0} {least_1}".split() else [-1]
             for value in refused:
-                with pytest.raises(ValueError, match=f"{field.name} = {value}: must be finite and"):
+                with pytest.raises(
+                    ValueError, match=f"{field.name} = {value}: must be a (finite|whole) number"
+                ):
                     GRPOConfig(**{field.name: value})
             if field.name in least_1.split():
                 GRPOConfig(**{field.name: 1})

@@ -24,16 +24,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
-from grpo_lora import (
-    VARIANTS,
-    GRPOConfig,
-    GRPOTrainer,
-    check_choice,
-    check_settings,
-    gather,
-    rank_and_world,
-)
-from lora import LoRAConfig, apply_lora, load_lora, setting
+from grpo_lora import VARIANTS, GRPOConfig, GRPOTrainer, gather, rank_and_world
+from lora import LoRAConfig, apply_lora, check_choice, check_settings, load_lora, setting
 from rewards import REWARDS, RewardError, accuracy_reward, reward_function
 from runner import demo, fast
 from runner.checkpoints import Checkpoints, ResumeError, check_output_dir
