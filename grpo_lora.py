@@ -1203,8 +1203,7 @@ def encode_prompt(
     if begun:
         warnings.warn("a prompt ends with an assistant's message: it is continued", stacklevel=2)
     options = {"add_generation_prompt": not begun, "continue_final_message": begun}
-    text = tokenizer.apply_chat_template(chat, tokenize=False, **chat_template_kwargs | options)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer.apply_chat_template(chat, return_dict=False, **chat_template_kwargs | options)
 
 
 def check_dataset(
