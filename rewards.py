@@ -257,16 +257,14 @@ def _lengths(completions: Any, completion_ids: Any) -> list[int]:
 def length_reward(prompts, completions, answer, completion_ids=None, **columns) -> Rewards:
     """Shorter is better within a group: λ = 1/2 - (len - min)/(max - min); min(0, λ) if wrong.
     0 where all are equally long; None where there is no gold answer. (Kimi k1.5, section 2.3.3)"""
-    graded = accuracy_reward(prompts, completions, answer)
-    rows = zip(prompts, graded, _lengths(completions, completion_ids), strict=True)
-    scores: Rewards = []
+    scores: list[float] = []
+    rows = zip(prompts, _lengths(completions, completion_ids), strict=True)
     for _, group in itertools.groupby(rows, key=lambda row: row[0]):
-        _, correct, lengths = zip(*group, strict=True)
+        _, lengths = zip(*group, strict=True)
         low, high = min(lengths), max(lengths)
-        for right, length in zip(correct, lengths, strict=True):
-            score = 0.5 - (length - low) / (high - low) if high > low else 0.0
-            scores.append(None if right is None else score if right else min(0.0, score))
-    return scores
+        scores += [0.5 - (n - low) / (high - low) if high > low else 0.0 for n in lengths]
+    pairs = zip(accuracy_reward(prompts, completions, answer), scores, strict=True)
+    return [None if ok is None else score if ok else min(0.0, score) for ok, score in pairs]
 
 
 def cosine_reward(
