@@ -169,16 +169,16 @@ def answers_match(answer: Any, gold: Any) -> bool:
     """
     if answer is None or gold is None:
         return False
-    named = [re.match(r"(\\?[A-Za-z]+)\s*=(?=[^=]+$)|", unwrap(str(x))) for x in (answer, gold)]
-    if named[0][1] and named[1][1] and named[0][1] != named[1][1]:  # type: ignore[index]
+    named = r"(?s)^(?:(\\?[A-Za-z]+)\s*=(?=[^=]+$))?(.*)"  # the x of x = 5, or '', and the 5
+    (x, a), (y, b) = (re.findall(named, unwrap(str(text)))[0] for text in (answer, gold))
+    if x and y and x != y:
         return False
-    values = [match.string[match.end() :] for match in named if match]
-    if max(map(len, values)) <= _LONGEST:
-        numbers = [canonical_answer(_UNIT.sub("", value)) for value in values]
+    if max(len(a), len(b)) <= _LONGEST:
+        numbers = [canonical_answer(_UNIT.sub("", value)) for value in (a, b)]
         if isinstance(numbers[0], Fraction) and numbers[0] == numbers[1]:
-            units = [canonical_answer("".join(_UNIT.findall(value))) for value in values]
+            units = [canonical_answer("".join(_UNIT.findall(value))) for value in (a, b)]
             return units[0] == units[1] or "" in units
-    return bool(canonical_answer(values[0]) == canonical_answer(values[1]))
+    return canonical_answer(a) == canonical_answer(b)
 
 
 # ------------------------------------------------------------------------------------------ rewards
