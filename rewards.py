@@ -100,11 +100,11 @@ _REWRITES = [  # notations that do not change the meaning, one after the other
     (r"^([+-]?)10\^", r"\g<1>1\\times10^"),
 ]
 _COMMAS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])"  # 1,234
-_DECIMAL = r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)"  # 12, -12.5, .5, 1e3
+_DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"  # 12, 12.5, .5, 1e3
 _NUMBER = (  # where it stands alone, or alone between brackets and commas
     r"(?:(?<![^(\[{,;&\\])|(?<=matrix\}))([+-]?)(?:([0-9]+)(?: |(?=\\)))?"  # the 1 of 1 1/2
-    rf"(?:\\frac\{{{_DECIMAL}\}}\{{{_DECIMAL}\}}"
-    rf"|(?![+-]){_DECIMAL}(?:/(?![+-]){_DECIMAL}|\\(?:times|cdot)10\^\{{(-?[0-9]{{1,3}})\}})?)"
+    rf"(?:\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}"
+    rf"|({_DECIMAL})(?:/({_DECIMAL})|\\(?:times|cdot)10\^\{{(-?[0-9]{{1,3}})\}})?)"
     r"(%?)(?=$|[)\]},;&]|\\[\\}]|\\end)"
 )
 _UNIT = re.compile(  # \text{ cm}^2, or up to three words, if they make no other number of it; $, °
