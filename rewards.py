@@ -70,17 +70,15 @@ def unwrap(text: str) -> str:
 def _last_boxed(text: str) -> str:
     r"""What stands in the last \boxed{...} that closes and is not empty, or the number in the last
     \boxed 2; of nested ones the inner; or ''."""
-    starts: list[int] = []  # where the content of each open \boxed{ starts; -1 for other braces
-    last = (0, 0)  # (start, end) of the content that starts last, so of nested ones the inner
-    pattern = r"(\\boxed\s*\{(?!\s*\}))|\\boxed\s+([+-]?[0-9.,/]*[0-9])|\\.|[{}]"
-    for match in re.finditer(pattern, text, re.DOTALL):
-        if match[2]:
-            last = match.span(2)
-        elif match[1] or match[0] == "{":
-            starts.append(match.end() if match[1] else -1)
-        elif match[0] == "}" and starts:
-            last = max(last, (starts.pop(), match.start()))
-    return text[slice(*last)]
+    boxed = r"(?<!\\)(?:\\\\)*\\boxed"  # but no \\boxed, which is a line break and a word
+    text = re.sub(boxed + r"\s+([+-]?[0-9.,/]*[0-9])", r"\\boxed{\1}", text)
+    for content in reversed(re.split(boxed + r"\s*\{(?!\s*\})", text)[1:]):
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", content):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return content[: brace.start()]  # of nested ones the inner closes first
+    return ""
 
 
 # -------------------------------------------------------------------------------- comparing answers

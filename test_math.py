@@ -1317,7 +1317,7 @@ def test_a_missing_answer_equals_nothing_not_even_another():
         ("", None), ("####", None), ("</answer>7<answer>", None), ("7</answer>", None),
         ("<answer>7", None), (r"so \boxed 2", "2"), (r"\boxed is how", None),
         (r"\boxed{6} or \boxed{ }", "6"), ("#### **73**", "73"),
-        ("#### 72, altogether", "72, altogether"),
+        ("#### 72, altogether", "72, altogether"), (r"\\boxed{5}", None), (r"\\\boxed{5}", "5"),
         (r"<answer>\(18\)</answer>", "18"), (r"<think>try \boxed{5}, no wait", None),
         (r"<think>\boxed{5}</think> so 6", None), (r"\boxed{5} <think> or \boxed{6}", "5"),
         ("#### 42 ####", "42"), ("<answer>5</answer><answer></answer>", "5"),
