@@ -49,7 +49,7 @@ from transformers import AutoTokenizer, DynamicCache, get_scheduler
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import LoRALinear, default_reference, lora_merged, param_groups, save_lora
-from rewards import OPENED, call_rewards, check_gold, reward_function, reward_name
+from rewards import OPENED, call_rewards, check_row, reward_function, reward_name
 
 # isort: split
 from lora import check_choice, check_settings, naming, setting
@@ -1210,7 +1210,6 @@ def check_dataset(
     rows: Rows, reward_funcs: Sequence[Any], encode: Any, room: float, vocabulary: int
 ) -> None:
     """Raises ValueError for the first row whose prompt or columns cannot be used."""
-    given = "prompts completions completion_ids trainer_state log_extra log_metric".split()
     if isinstance(rows, dict) or not hasattr(rows, "__len__") or hasattr(rows, "iloc"):
         how = "a DataFrame's to_dict('records'), one split of a DatasetDict, list(IterableDataset)"
         raise ValueError(f"the data set is a {type(rows).__name__}: must be rows, as {how}")
@@ -1220,8 +1219,8 @@ def check_dataset(
         row = rows[i]
         where = getattr(row, "origin", f"dataset row {i}")  # a file and line, if known
         with naming(where, Exception):  # a chat template is a program, and may raise anything
-            has = f"the row has {', '.join(row) or 'no column'}"
             if "prompt" not in row:
+                has = f"the row has {', '.join(row) or 'no column'}"
                 raise ValueError(f"'prompt' is missing (--prompt_column names another); {has}")
             for name in {"tools", "image", "images", "environment"} & row.keys():
                 raise ValueError(f"column {name!r} has a meaning in TRL and none here: drop it")
@@ -1230,14 +1229,8 @@ def check_dataset(
                 raise ValueError(f"the prompt has {len(ids)} tokens; between 1 and {room:g} fit")
             if max(ids) >= vocabulary:
                 raise ValueError(f"token {max(ids)} is beyond the model's {vocabulary} embeddings")
-            columns = given + [key for key in row if key != "prompt"]
-            columns += ["answer"] if "solution" in row else []
             for function in reward_funcs:
-                try:
-                    inspect.signature(function).bind(**dict.fromkeys(columns))
-                except TypeError as error:
-                    raise ValueError(f"reward {reward_name(function)}: {error}; {has}") from None
-                check_gold(function, row)
+                check_row(function, row)
 
 
 # -------------------------------------------------------------------------------------- processes

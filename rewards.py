@@ -197,17 +197,6 @@ def gold_answer(gold: Any) -> Any:
     return None if missing else extract_answer(str(gold)) or gold
 
 
-def check_gold(function: Callable[..., Any], row: Any) -> None:
-    """Raises ValueError where `function` compares with a gold answer that nothing could match."""
-    if inspect.unwrap(function) in (accuracy_reward, length_reward, cosine_reward):
-        gold = gold_answer(row.get("answer", row.get("solution")))
-        words = len(re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", str(gold)))
-        prose = words > 7 and re.search(r"[a-z0-9)][.!?]\s+[A-Z]", str(gold))  # not a long title
-        if prose or words > 15 or isinstance(gold, list | tuple | dict):
-            what = f"no completion can match the gold answer {gold!s:.60}"
-            raise ValueError(f"{what}: give the answer alone, or mark it with \\boxed{{}} or ####")
-
-
 def math_verify_reward(prompts, completions, answer, **columns) -> Rewards:
     """accuracy_reward by the library math-verify, as TRL calls it: it knows symbolic mathematics,
     and may take 10 s to parse an answer, and to compare it. None for a gold it cannot parse."""
@@ -327,6 +316,25 @@ def reward_function(reward: Any) -> Callable[..., Any]:
 
 def reward_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
+
+
+def check_row(function: Callable[..., Any], row: Any) -> None:
+    """Raises ValueError for a row of the data that lacks a column which `function` asks for, or
+    where it would compare with a gold answer that nothing could match."""
+    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+    given |= {"answer"} if "solution" in row else set()
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(sorted(given | row.keys() - {"prompt"})))
+    except TypeError as error:
+        what = f"reward {reward_name(function)}: {error}"
+        raise ValueError(f"{what}; the row has {', '.join(row)}") from None
+    if inspect.unwrap(function) in (accuracy_reward, length_reward, cosine_reward):
+        gold = gold_answer(row.get("answer", row.get("solution")))
+        words = len(re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", str(gold)))
+        prose = words > 7 and re.search(r"[a-z0-9)][.!?]\s+[A-Z]", str(gold))  # not a long title
+        if prose or words > 15 or isinstance(gold, list | tuple | dict):
+            what = f"no completion can match the gold answer {gold!s:.60}"
+            raise ValueError(f"{what}: give the answer alone, or mark it with \\boxed{{}} or ####")
 
 
 def call_rewards(

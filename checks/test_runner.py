@@ -664,7 +664,7 @@ def test_another_column_may_be_the_prompt_as_in_gsm8k(tmp_path):
     score = lambda text: rewards.accuracy_reward([""], [text], [rows[0]["answer"]])
     assert score("#### 10") == [1.0] and score(r"\boxed{\$10}") == [1.0] and score("10") == [0.0]
     for row in rows:
-        rewards.check_gold(rewards.accuracy_reward, row)
+        rewards.check_row(rewards.accuracy_reward, row)
 
 
 def test_every_setting_of_trl_and_peft_is_ours_or_answered():

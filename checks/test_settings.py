@@ -544,7 +544,7 @@ def of_these_modules_a_full_copy_is_trained(given: Given) -> None:
 def biases_stay_frozen_and_anything_else_is_refused(given: Given) -> None:
     model = apply_lora(tiny_model(attention_bias=True), LoRAConfig())
     assert not [name for name in adapters_of(model) if name.endswith("bias")]
-    with pytest.raises(ValueError, match="bias: 'all' is unknown .*; or use modules_to_save"):
+    with pytest.raises(ValueError, match=r"bias: 'all' is unknown .*; or use modules_to_save"):
         LoRAConfig(**given)
 
 
