@@ -679,13 +679,12 @@ class GRPOTrainer:
         """TRL's metrics of some completions and their rewards (P, G, K). Samples are given their
         advantages, where there are any."""
         total = combine_rewards(rewards, self.reward_weights)  # (P, G)
-        lengths = torch.tensor([float(s["length"]) for s in samples])
-        ended = lengths[torch.tensor([s["ended"] for s in samples])]
+        lengths = [float(s["length"]) for s in samples]
+        ended = [float(s["length"]) for s in samples if s["ended"]]
         metrics = {"completions/clipped_ratio": 1 - len(ended) / len(lengths)}
-        for kind, values in (("", lengths), ("terminated_", ended)):
-            values = values if len(values) else torch.zeros(1)
-            for f in ("mean", "min", "max"):
-                metrics[f"completions/{f}_{kind}length"] = getattr(values, f)().item()
+        for kind, counts in (("", lengths), ("terminated_", ended or [0.0])):
+            for f in (torch.mean, torch.min, torch.max):
+                metrics[f"completions/{f.__name__}_{kind}length"] = f(torch.tensor(counts)).item()
         for name, values in zip(self.reward_names, rewards.unbind(-1), strict=True):
             metrics[f"rewards/{name}/mean"] = values.nanmean().item()
             metrics[f"rewards/{name}/std"] = _nanstd(values.flatten(), dim=0).item()
