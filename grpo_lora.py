@@ -441,7 +441,8 @@ class GRPOTrainer:
             aggregation=args.multi_objective_aggregation,
         )  # fmt: skip
         if args.mask_truncated_completions:
-            rollout.completion_mask &= self.ended(rollout).unsqueeze(1)
+            ended = torch.tensor([sample["ended"] for sample in samples], device=self.device)
+            rollout.completion_mask &= ended.view(self.world, -1, 1)[self.rank]  # (B, 1), our rows
         mask = rollout.completion_mask  # (B, T)
         tokens, count = (sum(gather(n)) for n in (int(mask.sum()), len(mask)))  # everywhere
         aggregation = AGGREGATION[args.loss_type]
@@ -525,7 +526,8 @@ class GRPOTrainer:
         scores, extra = call_rewards(self.reward_funcs, rows, texts, ids, **given)
         columns = extra | {  # ours replace what a reward logs by the same name
             "prompt": [row["prompt"] for row in rows], "completion": texts,
-            "length": [*map(len, ids)], "ended": self.ended(rollout).tolist(),
+            "length": [*map(len, ids)],
+            "ended": [any(i in self.eos_token_ids for i in row) for row in ids],  # or cut off
             "prompt_length": rollout.prompt_mask.sum(1).repeat_interleave(G).tolist(),
         }  # fmt: skip
         columns |= {f"rewards/{n}": s for n, s in zip(self.reward_names, scores, strict=True)}
@@ -533,11 +535,6 @@ class GRPOTrainer:
         by_row = [[math.nan if r is None else r for r in row] for row in zip(*scores, strict=True)]
         rewards = torch.tensor([*chain(*gather(by_row))], dtype=torch.float64)
         return rewards.view(-1, G, len(scores)), [*chain(*gather(samples))]
-
-    def ended(self, rollout: "Rollout") -> Tensor:
-        """(B,) bool: which rows chose an EOS, rather than being cut off."""
-        eos = torch.tensor(self.eos_token_ids, device=self.device)
-        return (torch.isin(rollout.completion_ids, eos) & rollout.completion_mask).any(dim=1)
 
     def logps(self, rollout: "Rollout") -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of a rollout's tokens, (b, T) each, by the policy as it is."""
