@@ -70,8 +70,8 @@ GALLERY = [
         "test_the_update_is_the_sum_over_rows_of_minus_a_grad_logp_under_the_normaliser"),
     Bug(4, "the log-prob function changes its inputs",
         "OpenGVLab/InternVL#1053", "grpo_lora.py",
-        "hidden = _completion_hidden(",
-        "rollout.completion_ids.masked_fill_(~mask, 3); hidden = _completion_hidden(",
+        "h, targets = hidden[mask]",
+        "rollout.completion_ids.masked_fill_(~mask, 3); h, targets = hidden[mask]",
         "test_scoring_changes_no_input"),
     Bug(5, "equal rewards do not give exactly zero",
         "NVIDIA-NeMo/RL#4161", "grpo_lora.py",
@@ -295,7 +295,7 @@ GALLERY = [
         "test_the_logged_loss_is_that_of_the_whole_batch"),
     Bug(29, "the sampler's log-probs compared with those of a policy that has moved since",
         "this project", "grpo_lora.py",
-        "(old_logps - piece.logps)", "(logps.detach() - piece.logps)",
+        "(batch.old_logps - piece.logps)", "(logps.detach() - piece.logps)",
         "test_the_gap_compares_sampler_and_scorer_of_one_policy"),
     Bug(30, "old checkpoints counted from a damaged later one, so that the new one is deleted",
         "this project", "runner/checkpoints.py",
@@ -408,6 +408,10 @@ GALLERY = [
         "this project", "rewards.py",
         "|twelfth|[a-z]+teenth|", "|",
         "test_answers_match_examples"),
+    Bug(52, "of several patterns for a layer another one counts once the adapter is saved and loaded",
+        "this project", "lora.py",
+        "json.dumps(config, indent=2)", "json.dumps(config, indent=2, sort_keys=True)",
+        "test_a_saved_adapter_comes_back_to_the_bit_and_trainable"),
 ]
 # fmt: on
 
