@@ -62,8 +62,9 @@ def extract_answer(text: str) -> str | None:
 def unwrap(text: str) -> str:
     r"""Without the white space, **...**, $...$, \(...\) or \[...\] around it."""
     text = text.strip()
-    for around in (r"\*\*(.*)\*\*", r"\$(.*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]"):
-        text = re.sub(rf"(?s)\A{around}\Z", r"\1", text).strip()
+    for left, right in (("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(left) and text.endswith(right) and len(text) >= len(left + right):
+            text = text[len(left) : -len(right)].strip()
     return text
 
 
