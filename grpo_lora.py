@@ -422,9 +422,8 @@ class GRPOTrainer:
     end: int  # the update at which this call of train ends
     tokens = 0  # of all prompts and completions sampled for updates
     stop = False  # set from outside: the batch in hand is finished, then train returns
-    samples: Rows  # of the last batch
-    eval_samples: Rows  # of an evaluation after it
-    reward_metrics: list[Any]  # what reward functions log
+    samples: Rows = ()  # of the last batch
+    eval_samples: Rows = ()  # of an evaluation after it
     last_batch: tuple["Rollout", list["MicroBatch"]]
 
     # ---- the algorithm
@@ -532,8 +531,8 @@ class GRPOTrainer:
         }  # fmt: skip
         columns |= {f"rewards/{n}": s for n, s in zip(self.reward_names, scores, strict=True)}
         samples = [dict(zip(columns, x, strict=True)) for x in zip(*columns.values(), strict=True)]
-        by_row = [[math.nan if r is None else r for r in row] for row in zip(*scores, strict=True)]
-        rewards = torch.tensor([*chain(*gather(by_row))], dtype=torch.float64)
+        by_row = gather([*zip(*scores, strict=True)])
+        rewards = torch.tensor([*chain(*by_row)], dtype=torch.float64)
         return rewards.view(-1, G, len(scores)), [*chain(*gather(samples))]
 
     def logps(self, rollout: "Rollout") -> tuple[Tensor, Tensor]:
@@ -642,12 +641,12 @@ class GRPOTrainer:
         rewards, samples = [], []
         for start in range(0, len(data), size):
             self.seed("evaluate", start)
-            rows = [data[i] for i in range(start, min(start + size, len(data)))]
-            mine = self.share(rows)
-            scores, some = self.score(mine, self.sample(mine, 1))
-            rewards.append(scores[: len(rows)])
-            samples += some[: len(rows)]
-        metrics = self.summarize(samples, torch.cat(rewards))
+            rows = self.share([data[i] for i in range(start, min(start + size, len(data)))])
+            scores, some = self.score(rows, self.sample(rows, 1))
+            rewards.append(scores)
+            samples += some
+        samples = samples[: len(data)]  # the last rows may have been repeated
+        metrics = self.summarize(samples, torch.cat(rewards)[: len(data)])
         self.eval_samples = [{"split": "eval", **sample} for sample in samples]
         return {f"eval_{key}": value for key, value in metrics.items()}
 
@@ -748,7 +747,7 @@ class GRPOTrainer:
         for rows in (train_dataset, *([] if eval_dataset is None else [eval_dataset])):
             check_dataset(rows, self.reward_funcs, self.encode, room, vocabulary)
 
-        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.params: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("the model has no trainable parameter: call apply_lora first")
         self.device = next(iter(self.params.values())).device
@@ -775,7 +774,7 @@ class GRPOTrainer:
         if args.output_dir and not any(isinstance(c, Record) for c in callbacks):
             self.callbacks.append(Record())
 
-        self.samples, self.eval_samples, self.reward_metrics = [], [], []
+        self.reward_metrics: list[Any] = []  # what reward functions log
         self.generator = torch.Generator()  # of the rollouts; see seed
 
     def state_dict(self) -> dict[str, Any]:
@@ -945,10 +944,9 @@ def generate(
     draws = torch.rand(*size, generator=generator, dtype=torch.float64, device=drawn_on)
     draws = draws.to(device, widest(device))
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
-    parts = []
     with evaluating(lm.core):
-        for prompt, seen, rows in lm.prompt_batches(prompt_ids, prompt_mask, G):
-            parts.append(_write_rows(lm, prompt, seen, draws[rows], temperature, eos))
+        batches = lm.prompt_batches(prompt_ids, prompt_mask, G)
+        parts = [_write_rows(lm, p, m, draws[rows], temperature, eos) for p, m, rows in batches]
     ids, logps = (torch.cat(part) for part in zip(*parts, strict=True))
     mask = completion_mask(ids, eos_token_ids)
     completions = ids.masked_fill(~mask, pad_token_id), mask, logps.masked_fill(~mask, 0)
@@ -1122,8 +1120,7 @@ class CausalLM:
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             result = self.core(input_ids=ids, use_cache=False)
         if not decoder.called:
-            kinds = type(self.core).__name__, type(self.decoder).__name__
-            raise ValueError("{}'s forward does not call its decoder, {}".format(*kinds))
+            raise ValueError(f"{type(self.core).__name__}'s forward does not call its decoder")
         logits = result.logits.squeeze(0)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

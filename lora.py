@@ -142,8 +142,8 @@ class LoRALinear(_Switchable):
         elif config.init_lora_weights == "gaussian":
             nn.init.normal_(A, std=1 / r)
         else:
-            # Why √5? kaiming_uniform_ draws from ±√(6 / ((1 + a²) in)), so a = √5 gives ±1/√in,
-            # which is nn.Linear's own default
+            # Why √5? kaiming_uniform_ draws from ±√(6 / ((1 + a²) in)), so a = √5 gives
+            # ±1/√in, which is nn.Linear's own default
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if config.use_dora:
             self.lora_magnitude_vector = nn.Parameter(self._norm())

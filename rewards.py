@@ -340,9 +340,10 @@ def check_row(function: Callable[..., Any], row: Any) -> None:
 
 def call_rewards(
     functions: Sequence[Callable[..., Any]], rows: Any, texts: list[str], ids: Any, **given: Any
-) -> tuple[list[Rewards], dict[str, list[Any]]]:
-    """Every function's scores of the completions, and what they logged of each with log_extra.
-    rows: the data's row of each completion. `solution` serves as `answer` where that is missing."""
+) -> tuple[list[list[float]], dict[str, list[Any]]]:
+    """Every function's scores of the completions, NaN for None, and what they log with log_extra.
+    rows: the data's row of each completion. `solution` serves as `answer` where that is missing.
+    Raises RewardError, naming the function."""
     extra: dict[str, list[Any]] = {}
     rows = [{"answer": row["solution"], **row} if "solution" in row else row for row in rows]
     names = dict.fromkeys(itertools.chain(*rows))
@@ -352,28 +353,23 @@ def call_rewards(
     replies = [t if isinstance(p, str) else chat(t) for p, t in zip(prompts, texts, strict=True)]
     columns |= {"prompts": prompts, "completions": replies, "completion_ids": ids}
     given["log_extra"] = extra.__setitem__
-    # each gets lists of its own, as it may change what it gets
-    scores = [call_reward(f, len(rows), copy.deepcopy(columns) | given) for f in functions]
+    scores: list[list[float]] = []
+    for function in functions:
+        name = reward_name(function)
+        try:  # each gets lists of its own, as it may change what it gets
+            given_scores = finish(function(**copy.deepcopy(columns), **given))
+            scores.append([math.nan if score is None else float(score) for score in given_scores])
+        except Exception as error:
+            raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
+        if len(scores[-1]) != len(rows):
+            counts = f"{len(scores[-1])} values for {len(rows)} completions; one each is needed"
+            raise RewardError(f"reward {name} returned {counts}")
+        if any(map(math.isinf, scores[-1])):
+            raise RewardError(f"reward {name} returned an infinite value; None is 'not applicable'")
     for name, values in extra.items():
         if len(values) != len(rows):
-            counts = f"{len(values)} values for {len(rows)} completions"
-            raise RewardError(f"log_extra({name!r}): {counts}")
+            raise RewardError(f"log_extra({name!r}): {len(values)} values for {len(rows)} rows")
     return scores, extra
-
-
-def call_reward(function: Callable[..., Any], count: int, columns: dict[str, Any]) -> Rewards:
-    """The scores of `count` completions. Raises RewardError, naming the function."""
-    name = reward_name(function)
-    try:
-        scores = [None if s is None or s != s else float(s) for s in finish(function(**columns))]
-    except Exception as error:
-        raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
-    if len(scores) != count:
-        counts = f"{len(scores)} values for {count} completions; one each is needed"
-        raise RewardError(f"reward {name} returned {counts}")
-    if any(score is not None and math.isinf(score) for score in scores):
-        raise RewardError(f"reward {name} returned an infinite value; use None if not applicable")
-    return scores
 
 
 def finish(scores: Any) -> list[Any]:

@@ -177,7 +177,7 @@ def hanging_in_c(completions, **columns):
 @pytest.mark.parametrize("name", ["hanging", "hanging_async", "hanging_lazily", "hanging_in_c"])
 def test_a_reward_that_hangs_ends_the_process_and_is_named(name, thread, tmp_path):
     limited = watch.with_time_limit(globals()[name], 0.2)
-    run = lambda: rewards.call_reward(limited, 1, {"completions": [""]})
+    run = lambda: rewards.call_rewards([limited], [{"prompt": ""}], [""], [[]])
     started, child = time.monotonic(), os.fork()
     if child == 0:
         signal.alarm(60)  # ends the child, if nothing else does
@@ -212,7 +212,8 @@ def test_a_reward_with_a_time_limit_may_set_alarms_of_its_own_and_keeps_its_colu
         return [1.0] * len(completions)
 
     limited = watch.with_time_limit(alarmed, 60)
-    assert rewards.call_reward(limited, 1, {"completions": [""], "answer": ["1"]}) == [1.0]
+    rows = [{"prompt": "", "answer": "1"}]
+    assert rewards.call_rewards([limited], rows, [""], [[]]) == ([[1.0]], {})
     assert seen == ["alarm"] and limited.__name__ == "alarmed"
     with pytest.raises(ValueError, match=r"reward alarmed: missing a required.*'answer'"):
         run_trainer(reward=limited, rows=[{"prompt": "1"}])
