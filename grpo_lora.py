@@ -588,7 +588,7 @@ class GRPOTrainer:
         """Divide gradients by scale, sum them and the loss over the processes, and clip the
         gradients. Returns the loss, and the gradient's norm before clipping."""
         for parameter in self.params.values():
-            parameter.grad /= scale
+            parameter.grad /= scale  # type: ignore[operator, assignment]
             if self.world > 1:
                 dist.all_reduce(parameter.grad)
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.args.max_grad_norm)
@@ -747,7 +747,7 @@ class GRPOTrainer:
         for rows in (train_dataset, *([] if eval_dataset is None else [eval_dataset])):
             check_dataset(rows, self.reward_funcs, self.encode, room, vocabulary)
 
-        self.params: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("the model has no trainable parameter: call apply_lora first")
         self.device = next(iter(self.params.values())).device

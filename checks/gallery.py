@@ -364,7 +364,7 @@ GALLERY = [
         "test_a_padding_token_beyond_the_embeddings_does_no_harm"),
     Bug(42, "rewards share the lists that they are given",
         "this project", "rewards.py",
-        "copy.deepcopy(columns) | given", "columns | given",
+        "**copy.deepcopy(columns), **given", "**columns, **given",
         "test_one_reward_cannot_change_what_the_next_one_sees"),
     Bug(43, "float16 cannot hold a gradient that was divided by all tokens before the backward pass",
         "this project", "grpo_lora.py",
