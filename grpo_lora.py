@@ -455,7 +455,7 @@ class GRPOTrainer:
         for _ in range(args.num_iterations):
             for parameter in self.params.values():  # zeros: perhaps no group has an advantage
                 parameter.grad = torch.zeros_like(parameter)
-            if args.top_entropy_quantile < 1:
+            if args.top_entropy_quantile < 1 and tokens:
                 self.mark_uncertain_tokens(micro_batches)
             total = 0.0
             with evaluating(self.model, adapter_dropout=True):  # in the backward pass as well
@@ -566,8 +566,7 @@ class GRPOTrainer:
             pairs = [(batch, self.logps(batch.rollout)[1]) for batch in batches]
         own = [x for batch, e in pairs for x in e[batch.rollout.completion_mask].tolist()]
         everywhere = torch.tensor([*chain(*gather(own))], dtype=torch.float64)
-        share = self.args.top_entropy_quantile
-        threshold = everywhere.quantile(1 - share) if len(everywhere) else math.inf
+        threshold = everywhere.quantile(1 - self.args.top_entropy_quantile)
         for batch, entropy in pairs:
             batch.uncertain = entropy >= threshold
 
