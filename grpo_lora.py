@@ -878,7 +878,7 @@ class Record:
         if trainer.rank == 0:
             folder = Path(str(trainer.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            samples = trainer.samples[: self.shown] + trainer.eval_samples[: self.shown]
+            samples = *trainer.samples[: self.shown], *trainer.eval_samples[: self.shown]
             shown = [sample | {"step": metrics["step"]} for sample in samples]
             for name, rows in (("metrics", [metrics]), ("completions", shown)):
                 with open(folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
@@ -1040,10 +1040,10 @@ def completion_logps(
         else:
             whole = torch.cat([prompt.repeat_interleave(G, dim=0), inputs], dim=1)
             hidden = lm.hidden(whole, all_seen)[:, prompt.shape[1] - 1 :]
-        parts.append(hidden)  # (b, T, H): the state before each token, which predicts that token
-    hidden = torch.cat(parts)  # (B, T, H)
-    h, targets = hidden[mask], rollout.completion_ids[mask]  # (n, H), (n,)
-    logps, entropies = lm.token_logps(h, targets, temperature, chunk_size)  # (n,), (n,)
+        # hidden (b, T, H) is the state before each token, which predicts that token
+        parts.append(hidden[mask[rows]])
+    states, targets = torch.cat(parts), rollout.completion_ids[mask]  # (n, H), (n,)
+    logps, entropies = lm.token_logps(states, targets, temperature, chunk_size)  # (n,), (n,)
     blank = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropies)
 
@@ -1119,7 +1119,8 @@ class CausalLM:
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             result = self.core(input_ids=ids, use_cache=False)
         if not decoder.called:
-            raise ValueError(f"{type(self.core).__name__}'s forward does not call its decoder")
+            names = type(self.core).__name__, type(self.decoder).__name__
+            raise ValueError("{}'s forward does not call its decoder, {}".format(*names))
         logits = result.logits.squeeze(0)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
