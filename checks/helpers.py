@@ -12,6 +12,7 @@ from runner.watch import EarlyWarnings, SkippedUpdates
 from test_training import ROWS, TOKENIZER, digits, tiny_model, with_adapters
 
 HERE = Path(__file__).resolve().parent.parent
+PLAIN = {"PYTHONPATH": str(HERE / "checks/plain")}  # for a process that is to start soon
 
 
 def run_trainer(model=None, reward=digits, rows=ROWS, eval_rows=None, **args: Any) -> GRPOTrainer:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import grpo_lora
 import rewards
-from checks.helpers import CLI_RUN, HERE, lines, run, run_trainer, same_run
+from checks.helpers import CLI_RUN, HERE, PLAIN, lines, run, run_trainer, same_run
 from grpo_lora import GAP
 from runner import fast, processes
 from runner.cli import main
@@ -32,7 +32,7 @@ def nursery() -> subprocess.Popen:
     backward pass has run, it may not."""
     code = "from checks import test_processes as t; t.fork_on_request()"
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": HERE}
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | PLAIN | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, **options)
 
 
@@ -244,8 +244,9 @@ def test_torchrun_trains_and_a_killed_worker_ends_the_job_which_resumes(model_di
         str(tmp_path / "run"),
     ]
     job = subprocess.Popen(
-        [*command, "--max_steps", "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--max_steps", "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | PLAIN,
+    )  # fmt: skip
     checkpoint, deadline = tmp_path / "run/checkpoint-3", time.monotonic() + 120
     while not checkpoint.exists():
         assert job.poll() is None and time.monotonic() < deadline, job.communicate()
@@ -260,8 +261,9 @@ def test_torchrun_trains_and_a_killed_worker_ends_the_job_which_resumes(model_di
     assert "error: process 0 of 2: another process has ended" in error
     done = len(lines(tmp_path / "run/metrics.jsonl")) + 3
     result = subprocess.run(
-        [*command, "--max_steps", str(done), "--resume"], capture_output=True, text=True
-    )
+        [*command, "--max_steps", str(done), "--resume"], capture_output=True, text=True,
+        env=os.environ | PLAIN,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == list(
         range(1, done + 1)

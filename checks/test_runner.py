@@ -32,6 +32,7 @@ from checks.helpers import (
     CLI_RUN,
     HERE,
     INTERRUPTING,
+    PLAIN,
     SMALL,
     lines,
     run,
@@ -749,7 +750,7 @@ def test_a_terminal_without_a_letter_does_not_end_the_run(model_dir, data, tmp_p
         *SMALL,
     ]
     odd = tmp_path / "é∑"
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    env = os.environ | PLAIN | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     done = subprocess.run(
         [*command, "--output_dir", str(odd)], env=env, capture_output=True, cwd=HERE, timeout=300
     )
@@ -980,7 +981,7 @@ def test_a_run_that_is_killed_resumes_and_one_that_gets_a_signal_ends_well(
 ):
     command = ["--model", str(model_dir), "--data", str(data), *CLI_RUN, "--max_steps", "30"]
     process = [sys.executable, "-c", INTERRUPTING, "20", str(tmp_path), *command]
-    subprocess.run(process, cwd=HERE, check=True, timeout=300)
+    subprocess.run(process, cwd=HERE, env=os.environ | PLAIN, check=True, timeout=300)
     killed = [path for path in tmp_path.glob("killed-*") if path.is_dir()]  # at twenty moments
     assert killed
     for folder in killed:
@@ -1080,7 +1081,7 @@ def test_the_three_files_alone_train_evaluate_and_write_a_run_and_refuse_to_be_a
     for name in THREE:
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "alone.py").write_text(ALONE)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    env = os.environ | PLAIN | {"HF_HUB_OFFLINE": "1"}
     options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 100}
     done = subprocess.run([sys.executable, "alone.py"], **options)
     files = {path.name for path in (tmp_path / "run").iterdir()}
