@@ -56,11 +56,14 @@ ELSEWHERE = {  # patches in these functions of what an adapter cannot show
 }  # fmt: skip
 
 
+SOURCES = {file: (HERE / file).read_text() for file in FUNCTIONS}
+TREES = {file: ast.parse(source) for file, source in SOURCES.items()}
+
+
 def lies_within(bug) -> bool:
-    source = (HERE / bug.file).read_text()
+    source = SOURCES[bug.file]
     at = source[: source.index(bug.right)].count("\n") + 1
-    tree = ast.parse(source)
-    nodes = [n for n in tree.body if getattr(n, "name", "") in FUNCTIONS[bug.file]]
+    nodes = [n for n in TREES[bug.file].body if getattr(n, "name", "") in FUNCTIONS[bug.file]]
     return any(n.lineno <= at <= n.end_lineno for n in nodes)
 
 
