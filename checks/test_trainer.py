@@ -253,6 +253,7 @@ def test_tokens_are_drawn_in_float32_where_there_is_no_float64(monkeypatch):
         ({"alpha_pattern": {"up": math.inf}}, ["alpha_pattern", "'up'] = inf"]),
         ({"target_modules": "up("}, ["'up('", "not a regular expression"]),
         ({"lora_dropout": 1.0}, ["lora_dropout = 1.0", "below 1"]),
+        ({"lora_dropout": -0.1}, ["lora_dropout = -0.1", "at least 0"]),
         ({"r": True}, ["r = True", "whole"]),
         ({"bias": "all"}, ["bias", "modules_to_save"]),
         ({"init_lora_weights": "olora"}, ["olora", "pissa"]),
@@ -287,6 +288,8 @@ def test_a_subclass_of_linear_is_adapted_where_it_acts_as_one(output, adapted):
 def test_a_small_alpha_and_a_rank_of_one_will_do():
     model, base, ids = toy(LoRAConfig(r=1, lora_alpha=0.5))
     assert model.up.lora_A.weight.shape == (1, 6) and not torch.equal(model(ids), base(ids))
+    adapted = apply_lora(Toy(), LoRAConfig(rank_pattern={"up": 1}, alpha_pattern={"up": 0.5}))
+    assert adapted.up.scaling == 0.5 and adapted.up.lora_A.out_features == 1
 
 
 # ---------------------------------------------------------------------------- settings and records
