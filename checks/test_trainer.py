@@ -161,7 +161,8 @@ def test_modules_to_save_are_not_adapted_inside():
     assert not [
         name for name, m in model.named_modules() if isinstance(m, LoRALinear) and "mlp" in name
     ]
-    assert len([m for m in model.modules() if isinstance(m, TrainedCopy)]) == 2
+    copies = [name for name, m in model.named_modules() if isinstance(m, TrainedCopy)]
+    assert len(copies) == 2 and model.lora_config.modules_to_save == copies
 
 
 @pytest.mark.parametrize("engine", [None, fast])
