@@ -211,6 +211,10 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
      "2", "3"): "how a file is indented",
     ('text = json.dumps(config, indent=2) + "\\n"',
      "indent=2", "dropped"): "how a file is indented",
+    ('with naming(f"{file}: cannot be read as JSON", OSError, ValueError):',
+     "OSError, ValueError", "ValueError, OSError"): "the order of kinds",
+    ("with naming(file, ValueError, TypeError):",
+     "ValueError, TypeError", "TypeError, ValueError"): "the order of kinds",
     ("prepare()", "prepare()", "pass"): "it changes only the speed",
     ("if left < len(rows) * lm.drop_below:",
      "left < len(rows) * lm.drop_below", "left <= len(rows) * lm.drop_below"):

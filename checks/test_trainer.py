@@ -161,6 +161,8 @@ def test_modules_to_save_are_not_adapted_inside():
     assert not [
         name for name, m in model.named_modules() if isinstance(m, LoRALinear) and "mlp" in name
     ]
+    attention = with_adapters(tiny_model(), modules_to_save=["self_attn"])  # called by keyword
+    assert attention(torch.tensor([[3, 4]])).logits.isfinite().all()
     copies = [name for name, m in model.named_modules() if isinstance(m, TrainedCopy)]
     assert len(copies) == 2 and model.lora_config.modules_to_save == copies
 
@@ -277,9 +279,12 @@ def test_a_lora_config_that_cannot_work_is_refused_in_one_line_that_says_what_wo
     ],
 )
 def test_a_subclass_of_linear_is_adapted_where_it_acts_as_one(output, adapted):
-    routed = type("Routed", (nn.Linear,), {"forward": output})(4, 3, bias=False)
+    routed = type("RoutedLinear", (nn.Linear,), {"forward": output})(4, 3, bias=False)
     nn.init.constant_(routed.weight, 0.25)
     model = nn.ModuleDict({"routed": routed, "plain": nn.Linear(4, 3)})
+    if not adapted:
+        with pytest.raises(ValueError, match=r"no linear layer \(RoutedLinear cannot be adapted\)"):
+            apply_lora(model, LoRAConfig(target_modules=["routed"]))
     apply_lora(model, LoRAConfig(r=1))
     assert isinstance(model["routed"], LoRALinear) == adapted and isinstance(
         model["plain"], LoRALinear
