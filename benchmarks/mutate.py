@@ -51,7 +51,7 @@ import torch  # noqa: E402
 
 TOP = ["test_math.py", "test_training.py", "checks/test_trainer.py"]
 JUDGED = {  # file -> the tests that judge it
-    "lora.py": TOP,
+    "lora.py": [*TOP, "checks/test_quantised.py"],
     "rewards.py": TOP,
     "grpo_lora.py": TOP,
     "runner/fast.py": [*TOP, "checks/test_engine.py"],

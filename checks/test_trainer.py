@@ -7,6 +7,7 @@ prompts and templates              text, chats, tags that a template opens, toke
 """
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 import json
@@ -124,6 +125,22 @@ def test_an_adapter_file_that_does_not_fit_is_refused_by_name(damage, words, tmp
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=said):
             load_lora(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_base_weight_that_peft_writes_for_an_adapted_head_must_be_the_models(tied, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    build = lambda: tiny_model(tie_word_embeddings=tied)
+    model = with_adapters(build(), target_modules=["lm_head"])
+    save_lora(model, tmp_path)
+    file, key = tmp_path / "adapter_model.safetensors", "base_model.model.lm_head.base_layer.weight"
+    own = load_file(file)
+    for weight, fits in ((model.lm_head.base_layer.weight, True), (torch.zeros(VOCAB, 32), False)):
+        save_file(own | {key: weight.detach().clone()}, file)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=key):
+            loaded = load_lora(build(), tmp_path)
+    assert torch.equal(loaded.lm_head.lora_B.weight, model.lm_head.lora_B.weight)
 
 
 def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path):
@@ -278,8 +295,10 @@ def test_a_lora_config_that_cannot_work_is_refused_in_one_line_that_says_what_wo
         (lambda layer, x: layer.no_such_thing, False),
     ],
 )
-def test_a_subclass_of_linear_is_adapted_where_it_acts_as_one(output, adapted):
-    routed = type("RoutedLinear", (nn.Linear,), {"forward": output})(4, 3, bias=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_subclass_of_linear_is_adapted_where_it_acts_as_one(output, adapted, dtype):
+    RoutedLinear = type("RoutedLinear", (nn.Linear,), {"forward": output})
+    routed = RoutedLinear(4, 3, bias=False, dtype=dtype)
     nn.init.constant_(routed.weight, 0.25)
     model = nn.ModuleDict({"routed": routed, "plain": nn.Linear(4, 3)})
     if not adapted:
