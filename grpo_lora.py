@@ -14,7 +14,7 @@ processes.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
 a prompt are adjacent. b: a part of the rows. L prompt tokens, T completion tokens, V tokens in the
-vocabulary, H the model's width, K reward functions. P and B are those of one process.
+vocabulary, H the model's width, K reward functions. P and B are of one process, or of all.
 
 Left out, and refused: vLLM and other servers, tools, multi-turn, images, the entropy bonus,
 router losses, learned reward models. (TRL and verl have them.)
@@ -93,7 +93,7 @@ def _nanstd(x: Tensor, dim: int) -> Tensor:
     """Standard deviation of what is not NaN, ddof 1, keeping the dimension. NaN for under two."""
     n = (~x.isnan()).sum(dim=dim, keepdim=True)
     squares = (x - x.nanmean(dim=dim, keepdim=True)) ** 2
-    return (squares.nansum(dim=dim, keepdim=True) / (n - 1)).sqrt()
+    return (squares.nansum(dim=dim, keepdim=True) / (n - 1).clamp(min=0)).sqrt()
 
 
 def combine_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def multi_objective_advantages(
     each = torch.stack([group_advantages(r, eps=eps) for r in rewards.unbind(-1)], dim=-1)
     total = combine_rewards(torch.where(rewards.isnan(), math.nan, each), weights)  # (P, G)
     total = group_advantages(total.view(1, -1), eps=eps).view_as(total)  # the batch as one group
-    return torch.where(each.flatten(1).any(dim=1, keepdim=True), total, 0.0)  # but equal rewards
+    return torch.where(each.flatten(1).any(dim=1, keepdim=True), total, 0.0)  # equal rewards: 0
 
 
 def completion_mask(completion_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
@@ -152,6 +152,8 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, *, estimator: str = "k3") -> Te
 
 
 SCALES = ("group", "batch", "none", "mean", "leave_one_out")
+ORDERS = ("sum_then_normalize", "normalize_then_sum")
+LEVELS = ("token", "sequence")
 AGGREGATION = {  # loss_type -> how per-token losses become one number: see grpo_loss
     "grpo": "sequence", "sapo": "sequence", "gmpo": "sequence", "dapo": "token", "bnpo": "token",
     "cispo": "token", "vespo": "token", "dppo": "token", "opmd": "token", "dr_grpo": "constant",
@@ -176,13 +178,13 @@ def grpo_loss(
 
     1. The ratio ρ compares the policy with the one that sampled.
          token      ρ = exp(logp - old_logp)
-         sequence   ρ = exp(the row's mean of (logp - old_logp)), one a row; GSPO
-    2. The surrogate is the loss l of one token. (With gmpo all tokens of a row have the same.)
-         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); any other loss_type
+         sequence   ρ = exp(row mean of (logp - old_logp)), one a row; GSPO
+    2. The surrogate is the loss l of one token. (vespo, gmpo and opmd ignore the level.)
+         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); a type not named below
          cispo      l = -sg(min(ρ, ε₊)) A logp
          sapo       l = -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
-         vespo      l = -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's token
-                    ratios, within 1e-8 and e^20. (k, λ) = (2, 3) if A >= 0, else (3, 2)
+         vespo      l = -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's ρ,
+                    each in e^±20, w in 1e-8 to e^20. (k, λ) = (2, 3) if A >= 0, else (3, 2)
          dppo       l = -sg(min(ρ, 20) v) A logp. v is 0 where the probability p = exp(logp) has
                     moved too far the way A pushes: p - old_p > ε₊ if A > 0, < -ε if not; else 1
          gmpo       l = -A exp(the row's mean of c). c = logp - old_logp, clipped to at most ε₊
@@ -200,7 +202,7 @@ def grpo_loss(
     token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: the
     N, or the rows, of the whole optimiser batch, so that the losses of micro-batches add up to the
     loss of the batch; None: this call's. Returns the loss, a scalar, and diagnostics, means over
-    this call's tokens. Raises ValueError for shapes that do not fit and for missing values.
+    this call's tokens. Raises ValueError for shapes that do not fit and for a missing argument.
     With ρ = 1 there is a gradient all the same: d exp(logp - sg(logp)) = d logp.
     """
     B, T = logps.shape
@@ -252,7 +254,7 @@ def grpo_loss(
         stats["clip_ratio/region_mean"] = ~near
     elif loss_type == "gmpo":
         c = torch.where(A > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-epsilon))
-        loss = (-A * row_mean(c * m).exp()).expand(B, T)
+        loss = (-A * row_mean(c).exp()).expand(B, T)
         stats["clip_ratio/region_mean"] = c != log_ratio
     elif loss_type == "opmd":
         loss = -A * logps + opmd_tau / 2 * log_ratio.square()
@@ -288,9 +290,7 @@ def grpo_loss(
 
 
 Rows = Any  # a sequence of dicts: rows of a data set, or samples
-LEVELS = ("token", "sequence")
 SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt")
-ORDERS = ("sum_then_normalize", "normalize_then_sum")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -360,17 +360,17 @@ class GRPOConfig:
             raise ValueError(f"epsilon = {self.epsilon}: at most 1, as 1 - epsilon bounds a ratio")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("epsilon_high: cispo needs its cap on the ratio (ScaleRL uses 5.0)")
+        own = self.loss_type in ("vespo", "gmpo", "opmd")
         by_length = AGGREGATION[self.loss_type] in ("token", "constant")
-        if by_length and self.importance_sampling_level == "sequence":
-            what = f"sequence level with loss_type {self.loss_type!r}"
-            warnings.warn(f"{what} weighs a row by its length; GSPO's is grpo", stacklevel=3)
+        if self.importance_sampling_level == "sequence" and (own or by_length):
+            how = "acts in the KL alone" if own else "weighs a row by its length; GSPO's is grpo"
+            warnings.warn(f"sequence level with loss_type {self.loss_type!r} {how}", stacklevel=3)
         if not clips and self.delta is not None:
             raise ValueError(f"delta: has no meaning with loss_type {self.loss_type!r}")
         if self.merge_half_precision and self.sampler_correction == "none":
             raise ValueError("merge_half_precision: needs sampler_correction, as merging rounds")
         if self.max_steps % self.num_iterations:
-            multiple = f"must be a multiple of num_iterations = {self.num_iterations}"
-            raise ValueError(f"max_steps = {self.max_steps}: {multiple}")
+            raise ValueError(f"max_steps: not a multiple of num_iterations = {self.num_iterations}")
 
 
 # a paper's objective as settings, and its source: GRPOConfig(**VARIANTS[name].settings)
@@ -412,15 +412,15 @@ class GRPOTrainer:
     processing_class: the tokenizer. None: the model's own.
     reference: a callable that returns a context manager, within which the model is the reference
     policy. None: see lora.default_reference.
-    callbacks: called in order after each batch with the trainer and its metrics, to which they may
-    add. Where one has a method `begin`, that is called when training starts. A Record comes last.
+    callbacks: called in order after each batch, and after a first evaluation, with the trainer and
+    the metrics, to which they may add. If one has a `begin`, training calls it. A Record is last.
     engine: an object with `generate` and `completion_logps`. None: the functions below.
     Raises ValueError, in one line, for what cannot work.
     """
 
     step = 0  # optimiser updates made
     end: int  # the update at which this call of train ends
-    tokens = 0  # of all prompts and completions sampled for updates
+    tokens = 0  # of all rows sampled for updates, each with its prompt
     stop = False  # set from outside: the batch in hand is finished, then train returns
     samples: Rows = ()  # of the last batch
     eval_samples: Rows = ()  # of an evaluation after it
@@ -429,10 +429,10 @@ class GRPOTrainer:
     # ---- the algorithm
 
     def update(self, rows: Rows) -> dict[str, Any]:
-        """GRPO, in full: one batch of prompts, and the optimiser updates made with it. (`params`
-        require gradients, `objective` has settings of the loss, `schedule` gives a factor of the
-        rate from the updates made, a MicroBatch is whole groups.)"""
-        args, parts = self.args, []
+        """GRPO, in full: a batch of problems, and its optimiser updates. (From __init__: `params`
+        require gradients, `objective` has the loss's settings, `schedule` maps the updates made to
+        a factor of the rate; this is process `rank` of `world`. A MicroBatch is whole groups.)"""
+        args, logged = self.args, []
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
         rewards, samples = self.score(rows, rollout)  # (P, G, K), of all processes
         advantages = multi_objective_advantages(
@@ -443,7 +443,7 @@ class GRPOTrainer:
             ended = torch.tensor([sample["ended"] for sample in samples], device=self.device)
             rollout.completion_mask &= ended.view(self.world, -1, 1)[self.rank]  # (B, 1), our rows
         mask = rollout.completion_mask  # (B, T)
-        tokens, count = (sum(gather(n)) for n in (int(mask.sum()), len(mask)))  # everywhere
+        tokens, count = (sum(gather(n)) for n in (int(mask.sum()), len(mask)))  # of all processes
         aggregation = AGGREGATION[args.loss_type]
         normalizer = tokens if aggregation == "token" else count
         # The slope at one log-prob is about 1/tokens (luspo: 1/count), which half precision loses.
@@ -453,16 +453,16 @@ class GRPOTrainer:
         micro_batches = self.micro_batches(rollout, advantages)
 
         for _ in range(args.num_iterations):
-            for parameter in self.params.values():  # zeros: perhaps no group has an advantage
+            for parameter in self.params.values():  # zeros, not None: no group may need a forward
                 parameter.grad = torch.zeros_like(parameter)
             if args.top_entropy_quantile < 1 and tokens:
                 self.mark_uncertain_tokens(micro_batches)
             total = 0.0
-            with evaluating(self.model, adapter_dropout=True):  # in the backward pass as well
+            with evaluating(self.model, adapter_dropout=True):  # backward may run layers again
                 for batch in micro_batches:
                     piece, kept = batch.rollout, batch.rollout.completion_mask
                     logps, entropies = self.logps(piece)  # (b, T), (b, T)
-                    if batch.old_logps is None:  # the policy has not moved yet, and ρ is 1
+                    if batch.old_logps is None:  # the policy has not moved yet: ρ is 1
                         batch.old_logps = logps.detach()
                     loss, stats = grpo_loss(
                         logps, batch.old_logps, batch.advantages, kept, ref_logps=batch.ref_logps,
@@ -473,7 +473,7 @@ class GRPOTrainer:
                     total += loss.item()
                     stats["entropy"] = entropies[kept].mean().item()
                     stats[GAP] = (batch.old_logps - piece.logps)[kept].abs().mean().item()
-                    parts.append((int(kept.sum()), stats))
+                    logged.append((int(kept.sum()), stats))
             if not rollout.logps.isfinite().all():
                 total = math.nan  # a broken policy shows here, also where no group needs a forward
             total, grad_norm = self.reduce_and_clip(total, loss_scale)
@@ -484,20 +484,20 @@ class GRPOTrainer:
                 self.optimizer.step()
             self.step += 1  # skipped or not: the schedule counts updates
             means = {"loss": total, "grad_norm": grad_norm, "skipped_updates": float(not finite)}
-            parts.append((1, means | {"learning_rate": self.optimizer.param_groups[0]["lr"]}))
+            logged.append((1, means | {"learning_rate": self.optimizer.param_groups[0]["lr"]}))
         self.last_batch, self.samples = (rollout, micro_batches), samples
         self.tokens += sum(sample["prompt_length"] + sample["length"] for sample in samples)
         metrics = self.summarize(samples, rewards, advantages)
-        return metrics | weighted_means(parts) | {"num_tokens": self.tokens}
+        return metrics | weighted_means(logged) | {"num_tokens": self.tokens}
 
     def sample(self, rows: Rows, num_generations: int) -> "Rollout":
-        """Completions from the policy as it is now, on merged weights where merging is exact. What
-        is sampled does not depend on the number of processes, which share one stream of draws."""
+        """Completions from the policy as it is now, on merged weights if self.merges. What is
+        sampled does not depend on the number of processes, which share one stream of draws."""
         args = self.args
         prompts = [torch.tensor(self.encode(row), device=self.device) for row in rows]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
-        others = (self.rank * len(rows) * num_generations, args.max_completion_length)
-        torch.rand(*others, generator=self.generator, dtype=torch.float64)  # the lower ranks' draws
+        skipped = (self.rank * len(rows) * num_generations, args.max_completion_length)
+        torch.rand(*skipped, generator=self.generator, dtype=torch.float64)  # lower ranks' draws
         with lora_merged(self.model) if self.merges else nullcontext():
             return self.engine.generate(
                 self.model, ids.masked_fill(ids < 0, self.pad_token_id), ids >= 0,
@@ -544,12 +544,12 @@ class GRPOTrainer:
         """This process's groups, by length to save padding, with reference log-probs.
 
         A group without advantage has no gradient, and needs no forward, unless something else looks
-        at it: the KL, the entropies, or other processes that take part in this one's forward."""
+        at it: the KL, opmd's square, the entropies, or processes that share this one's forward."""
         args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
         advantages = advantages.to(rollout.logps)[self.rank * P :][:P]  # this process's groups
-        all_groups = args.beta or args.top_entropy_quantile < 1 or self.sharded
+        every = args.beta or args.loss_type == "opmd" or args.top_entropy_quantile < 1
         by_length = rollout.completion_mask.sum(1).view(P, G).amax(1).argsort(stable=True).tolist()
-        groups = [p for p in by_length if all_groups or advantages[p].any()]
+        groups = [p for p in by_length if every or self.sharded or advantages[p].any()]
         size, batches = max(1, args.per_device_train_batch_size // G), []
         for some in (groups[i : i + size] for i in range(0, len(groups), size)):
             batches.append(MicroBatch(some, rollout.select(some), advantages[some].flatten()))
@@ -607,7 +607,7 @@ class GRPOTrainer:
             metrics = {"step": 0, **self.evaluate()}
             for callback in self.callbacks:
                 callback(self, metrics)
-        quiet = None if self.rank == 0 else True  # None: off a terminal
+        quiet = None if self.rank == 0 else True  # None: shown on a terminal only
         for index in tqdm(range(self.step // n, end // n), "GRPO", unit="batch", disable=quiet):
             started, self.eval_samples = time.perf_counter(), []
             self.seed("update", index)
@@ -796,14 +796,14 @@ class GRPOTrainer:
 
 @dataclass
 class MicroBatch:
-    """Some groups of a rollout, and what stays fixed about them while the policy moves."""
+    """Some groups of a rollout, and what is known of them."""
 
     prompts: list[int]  # which of the whole rollout's
     rollout: "Rollout"
     advantages: Tensor  # (b,)
     old_logps: Tensor | None = None  # (b, T), like the rest; None until the first forward
     ref_logps: Tensor | None = None
-    uncertain: Tensor | None = None
+    uncertain: Tensor | None = None  # of this update
 
 
 def sampler_weights(
@@ -834,8 +834,8 @@ def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float
 
 @contextmanager
 def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None]:
-    """Eval mode within; each module's own mode after. adapter_dropout: that and activation
-    checkpointing act, for the loss. A base model's own dropout never does."""
+    """Eval mode within; each module's own mode after. adapter_dropout: the adapter's and
+    activation checkpointing stay on, for the loss. A base model's own dropout never does."""
     with ExitStack() as after:
         for name, module in model.named_modules():
             held = vars(module)  # a checkpointed layer may hold its dropout rate as a number
@@ -857,7 +857,7 @@ def default_learning_rate(model: nn.Module) -> float:
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if layers or 2 * trained < sum(p.numel() for p in model.parameters()):
-        # Adam moves each number of B by the rate, and so s·B A by s·r times that
+        # Adam moves each number of B by the rate, and so W by up to s·r·|A| times that
         rate *= 10 * 32 / max((m.scaling * m.lora_A.out_features for m in layers), default=32.0)
     return float(f"{rate:.2g}")
 

@@ -96,7 +96,7 @@ class LoRALinear(_Switchable):
     written to. Adapters are float32 on a half-precision base (float64 on a float64 one).
 
     DoRA (Liu et al. 2024, eq. 5) trains the length m (out,) of each output row by itself. m starts
-    as n = ‖W + s·B A‖, the rows' present lengths, which get no gradient:
+    as n = ‖W + s·B A‖, the rows' present lengths. n gets no gradient:
 
         y = base(x) + (m/n - 1)(base(x) - bias) + (m/n) s·B(A(x))
 
@@ -345,8 +345,8 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     layers = [m for m in _adapters(model).values() if isinstance(m, LoRALinear)]
     with ExitStack() as stack:
         for layer in layers:
-            # Autograd calls a tensor's hooks when it has that tensor's gradient. The merged
-            # weight asks for one, so a backward pass through it is noticed and refused.
+            # Autograd calls a tensor's hooks when it has that tensor's gradient. So a backward
+            # pass through the merged weight is refused, and through B by a forward before it.
             weight = layer.merged_weight().detach().requires_grad_()
             weight.register_hook(refuse)
             if layer.lora_B.weight.requires_grad:
@@ -462,7 +462,7 @@ def save_lora(model: Any, directory: str | Path) -> None:
     config |= asdict(model.lora_config)
     tensors = {k: v.detach().contiguous().cpu() for k, v in _file_tensors(adapters).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config, indent=2) + "\n"  # unsorted: of a pattern the first key counts
+    text = json.dumps(config, indent=2) + "\n"  # unsorted: the first pattern that fits counts
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")
 
 

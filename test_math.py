@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import grpo_lora
 from grpo_lora import (
     AGGREGATION,
     VARIANTS,
@@ -158,7 +159,7 @@ def test_advantages_ignore_a_shift_and_at_eps_zero_a_scale_of_the_rewards(reward
     torch.testing.assert_close(scaled, group_advantages(rewards, eps=0.0), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", grpo_lora.SCALES)
 @given(value=st.floats(-1e6, 1e6), G=st.integers(2, 9), eps=st.sampled_from([0.0, 1e-8, 1e-4]))
 def test_equal_rewards_give_exactly_zero(scale, value, G, eps):
     # a mean of equal floats can be off by an ulp
@@ -182,6 +183,9 @@ def test_advantages_by_hand():
         group_advantages(rewards, scale="batch", eps=0.0), centred / rewards.std()
     )
     torch.testing.assert_close(group_advantages(rewards, scale="none"), centred)
+    by_mean, of_others = centred / rewards.mean(1, keepdim=True), centred * 4 / 3
+    torch.testing.assert_close(group_advantages(rewards, scale="mean"), by_mean)
+    torch.testing.assert_close(group_advantages(rewards, scale="leave_one_out"), of_others)
     torch.testing.assert_close(group_advantages(rewards.long()), group_advantages(rewards).float())
     with pytest.raises(ValueError, match="scale"):
         group_advantages(rewards, scale="std")
@@ -194,15 +198,13 @@ def test_a_missing_reward_leaves_the_statistics_and_gets_zero(rewards, random):
     rewards = torch.tensor(rewards, dtype=torch.float64)
     for row in rewards:
         row[random.randrange(len(row))] = math.nan
-    for scale in ("group", "batch", "none"):
+    for scale in grpo_lora.SCALES:
         advantages = group_advantages(rewards, scale=scale)
         assert (advantages[rewards.isnan()] == 0).all() and not advantages.isnan().any()
-    for row, got in zip(rewards, group_advantages(rewards), strict=True):
-        valid = row[~row.isnan()]
-        want = (
-            group_advantages(valid.unsqueeze(0))[0] if len(valid) > 1 else torch.zeros_like(valid)
-        )
-        torch.testing.assert_close(got[~row.isnan()], want)
+        for row, got in zip(rewards, advantages, strict=True) if scale != "batch" else ():
+            valid = row[~row.isnan()].unsqueeze(0)  # alone a reward has nothing to compare with
+            want = group_advantages(valid, scale=scale)[0] * (valid.shape[1] > 1)
+            torch.testing.assert_close(got[~row.isnan()], want)
     assert not group_advantages(torch.full((1, 3), math.nan)).any()
 
 
@@ -816,19 +818,21 @@ def test_max_rl_climbs_a_truncated_log_likelihood_of_success(G):
 
 
 @pytest.mark.parametrize(
-    ("scale", "loss_type"), [("group", "dr_grpo"), ("none", "grpo"), ("none", "dapo")]
+    ("scale", "loss_type", "stated"),  # README states them
+    [
+        ("group", "grpo", 12.3),
+        ("group", "dr_grpo", 7.1),
+        ("none", "grpo", 8.6),
+        ("none", "dapo", 2.4),
+    ],
 )
-def test_std_scaling_and_length_normalisation_bend_the_gradient(scale, loss_type, record_property):
-    policy, G = TablePolicy(1), 3
-    true, got = (
-        policy_gradient(policy).flatten(),
-        expected_gradient(policy, G, scale=scale, loss_type=loss_type).flatten(),
-    )
-    cosine = torch.dot(true, got) / (true.norm() * got.norm())
-    degrees = math.degrees(math.acos(min(1.0, cosine.item())))
-    record_property("degrees", degrees)
+def test_std_scaling_and_length_normalisation_bend_the_gradient(scale, loss_type, stated):
+    policy = TablePolicy(1)
+    true = policy_gradient(policy).flatten()
+    got = expected_gradient(policy, 3, scale=scale, loss_type=loss_type).flatten()
+    degrees = math.degrees(torch.cosine_similarity(true, got, dim=0).acos().item())
     print(f"{loss_type} with scale {scale}: {degrees:.1f} degrees off the policy gradient")
-    assert 1.0 < degrees < 60.0
+    assert degrees == pytest.approx(stated, abs=0.05)
 
 
 def test_length_bias_goes_away_when_all_completions_are_equally_long():
@@ -1283,10 +1287,17 @@ def test_decimals_percent_separators_and_exponents_are_exact(n, places):
         (r"5\text{ (mod 7)}", "5", False), ("5:00 p.m.", "5:00", False), ("7 pm", "7", False),
         ("30°", r"30^{\circ}", True), ("30", r"30^\circ", True), (r"\$18", "18", True),
         (r"\$18", "€18", False), ("1 1/2 hours", r"1.5\text{ hours}", True),
+        ("1 3/2", "5/2", False),
     ],
 )  # fmt: skip
 def test_answers_match_examples(left, right, same):
     assert answers_match(left, right) == answers_match(right, left) == same
+
+
+def test_what_is_longer_than_a_thousand_characters_is_compared_as_it_stands():
+    longest = "7" * 993
+    assert len(longest + " apples") == 1000 and answers_match(longest + " apples", longest)
+    assert not answers_match(longest + "7 apples", longest + "7")
 
 
 def test_a_missing_answer_equals_nothing_not_even_another():
@@ -1321,6 +1332,7 @@ def test_a_missing_answer_equals_nothing_not_even_another():
         (r"<answer>\(18\)</answer>", "18"), (r"<think>try \boxed{5}, no wait", None),
         (r"<think>\boxed{5}</think> so 6", None), (r"\boxed{5} <think> or \boxed{6}", "5"),
         ("#### 42 ####", "42"), ("<answer>5</answer><answer></answer>", "5"),
+        (r"<answer>6</answer> \boxed{$$}", "6"),
     ],
 )  # fmt: skip
 def test_extract_answer_examples(text, answer):

@@ -26,12 +26,14 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig
 
 import grpo_lora
 import rewards
 from grpo_lora import (
+    AGGREGATION,
     GAP,
     CausalLM,
     GRPOConfig,
@@ -678,17 +680,16 @@ def test_a_saved_adapter_comes_back_to_the_bit_and_trainable(kind, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == set(adapters_of(model))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (
-        config["peft_type"] == "LORA"
-        and config["inference_mode"]
-        and isinstance(config["target_modules"], list)
-    )
+    assert config["peft_type"] == "LORA" and config["inference_mode"]
+    assert isinstance(config["target_modules"], list)
     assert not any("residual" in key for key in model.state_dict())
     if kind == "plain":  # settings of other files that change nothing here
+        with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+        idle = {"lora_bias": False, "megatron_core": "megatron.core", "qalora_group_size": 16}
         for init in (False, "orthogonal"):
-            (tmp_path / "adapter_config.json").write_text(
-                json.dumps(config | {"init_lora_weights": init, "lora_bias": False})
-            )
+            text = json.dumps(config | idle | {"init_lora_weights": init})
+            (tmp_path / "adapter_config.json").write_text(text)
             assert torch.equal(load_lora(tiny_model(), tmp_path)(ids).logits, model(ids).logits)
 
 
@@ -744,6 +745,21 @@ def test_the_update_does_not_depend_on_the_micro_batch_split(args):
             torch.testing.assert_close(grads[name], seen[0][0][name], atol=1e-6, rtol=1e-5)
         for key in ("loss", "entropy", "grad_norm", "reward", GAP):
             assert metrics[key] == pytest.approx(seen[0][1][key], rel=1e-5, abs=1e-9), key
+
+
+@pytest.mark.parametrize("loss_type", AGGREGATION)
+def test_what_is_skipped_has_no_gradient_in_later_updates_either(loss_type):
+    pattern, seen = [1.0, 0.0, 0.0, 0.5] * 2 + [1.0] * 4 + [0.0] * 4, []
+    for whole in (False, True):
+        t = trainer(
+            with_adapters(tiny_model(dtype=torch.float64)), loss_type=loss_type, num_iterations=2,
+            reward=lambda completions, **_: pattern, learning_rate=0.05, epsilon_high=0.3,
+        )  # fmt: skip
+        t.sharded = whole  # then no group is skipped
+        update(t)
+        seen.append({name: p.grad.clone() for name, p in t.params.items()})
+    for name, gradient in seen[0].items():
+        torch.testing.assert_close(gradient, seen[1][name], atol=1e-9, rtol=1e-7)
 
 
 def test_a_batch_without_advantage_has_zero_gradients_and_is_still_a_step():

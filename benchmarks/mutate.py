@@ -52,7 +52,7 @@ import torch  # noqa: E402
 TOP = ["test_math.py", "test_training.py", "checks/test_trainer.py"]
 JUDGED = {  # file -> the tests that judge it
     "lora.py": [*TOP, "checks/test_quantised.py"],
-    "rewards.py": TOP,
+    "rewards.py": [*TOP, "checks/test_runner.py", "checks/test_parity_trl.py"],
     "grpo_lora.py": TOP,
     "runner/fast.py": [*TOP, "checks/test_engine.py"],
     "runner/checkpoints.py": [*TOP, "checks/test_runner.py"],
@@ -213,6 +213,12 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
      "indent=2", "dropped"): "how a file is indented",
     ('with naming(f"{file}: cannot be read as JSON", OSError, ValueError):',
      "OSError, ValueError", "ValueError, OSError"): "the order of kinds",
+    ('with naming(f"{file}: cannot be read as a safetensors file", OSError, SafetensorError):',
+     "OSError, SafetensorError", "SafetensorError, OSError"): "the order of kinds",
+    ("near = difflib.get_close_matches(str(value), names, 1)", "1", "2"): "only the first is named",
+    ("return [None if gold is None else float(answers_match(text, gold)) for text, gold in pairs]",
+     "text, gold", "gold, text"): "the comparison is symmetric, which a test shows",
+    ("with ThreadPoolExecutor(1) as thread:", "1", "2"): "one thread is used",
     ("with naming(file, ValueError, TypeError):",
      "ValueError, TypeError", "TypeError, ValueError"): "the order of kinds",
     ("prepare()", "prepare()", "pass"): "it changes only the speed",

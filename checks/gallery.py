@@ -79,7 +79,7 @@ GALLERY = [
         "test_equal_rewards_give_exactly_zero"),
     Bug(6, "std with ddof 0",
         "jingyaogong/minimind@0074dcf, trainer/train_grpo.py", "grpo_lora.py",
-        "/ (n - 1)).sqrt()", "/ n).sqrt()",
+        "/ (n - 1).clamp(min=0)).sqrt()", "/ n).sqrt()",
         "test_advantages_have_mean_zero_and_std_s_over_s_plus_eps"),
     Bug(6, "std over the batch where the group was meant",
         "XU-YIJIE/grpo-flat#2", "grpo_lora.py",
@@ -412,6 +412,14 @@ GALLERY = [
         "this project", "lora.py",
         "json.dumps(config, indent=2)", "json.dumps(config, indent=2, sort_keys=True)",
         "test_a_saved_adapter_comes_back_to_the_bit_and_trainable"),
+    Bug(53, "opmd's square is dropped in groups without advantage from the second update on",
+        "this project", "grpo_lora.py",
+        'args.beta or args.loss_type == "opmd" or', "args.beta or",
+        "test_what_is_skipped_has_no_gradient_in_later_updates_either"),
+    Bug(54, "the standard deviation of no reward at all is reported as 0",
+        "this project", "grpo_lora.py",
+        "/ (n - 1).clamp(min=0)", "/ (n - 1)",
+        "test_rewards_may_be_async_may_say_none_and_are_weighted"),
 ]
 # fmt: on
 

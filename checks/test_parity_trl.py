@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -394,8 +395,8 @@ def test_trainer_treats_a_peft_model_as_our_own(words, monkeypatch):
         assert torch.equal(p, named[name]), name
 
 
-def test_math_verify_is_trls_accuracy_reward():
-    pytest.importorskip("math_verify")
+def test_math_verify_is_trls_accuracy_reward(monkeypatch):
+    math_verify = pytest.importorskip("math_verify")
     from trl.rewards import accuracy_reward as theirs
 
     golds = [r"\frac{1}{3}", "72", r"so it is \boxed{(1,2)}", "no number", r"x^2+2x+1", "0.5"]
@@ -407,6 +408,17 @@ def test_math_verify_is_trls_accuracy_reward():
     ours = {"prompts": None, "completions": chats, "answer": [gold for _, gold in pairs]}
     assert rewards.math_verify_reward(**ours) == expected and {0.0, 1.0, None} <= {*expected}
     assert rewards.math_verify_reward(None, [answers[0]], [None]) == [None]
+    with ThreadPoolExecutor(1) as thread:  # alarms can only be set in the main one
+        assert thread.submit(rewards.math_verify_reward, **ours).result() == expected
+    limits = []
+    for name, limit in (("parse", "parsing_timeout"), ("verify", "timeout_seconds")):
+        original = getattr(math_verify, name)
+        spy = lambda *args, f=original, at=limit, **options: (
+            limits.append(options.get(at)) or f(*args, **options)
+        )
+        monkeypatch.setattr(math_verify, name, spy)
+    rewards.math_verify_reward(None, answers[:1], golds[:1])
+    assert limits == [10, 10, 10]
 
 
 @pytest.mark.parametrize("seed", range(3))

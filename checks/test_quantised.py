@@ -85,14 +85,17 @@ def test_the_adapter_off_is_the_quantised_base_to_the_bit_and_merging_is_near(ki
     assert torch.equal(logits(model, IDS), after)
     plain = merge_and_unload(copy.deepcopy(model))
     torch.testing.assert_close(logits(plain, IDS), after, atol=near, rtol=near)
-    assert all(type(m) is nn.Linear for m in plain.modules() if hasattr(m, "in_features"))
+    for m in (m for m in plain.modules() if hasattr(m, "in_features")):
+        assert type(m) is nn.Linear and m.weight.shape == (m.out_features, m.in_features)
 
 
-def test_the_dense_weight_is_what_the_layer_multiplies_by(kind):
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_the_dense_weight_is_what_the_layer_multiplies_by(kind, bias):
     layer = quantised(kind).model.layers[0].mlp.down_proj
+    layer.bias = nn.Parameter(torch.full((64,), bias)) if bias else None
     W, x = dense_weight(layer), torch.eye(96)[:7] * 3
     assert W.shape == (64, 96)
-    torch.testing.assert_close(layer(x), x @ W.T, atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(layer(x), x @ W.T + bias, atol=1e-5, rtol=1e-2)
 
 
 def test_only_adapters_get_gradients_and_they_are_those_of_the_dense_model(kind):

@@ -10,8 +10,11 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import math
+import re
+import types
 import warnings
 
 import pytest
@@ -21,8 +24,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 import grpo_lora
+import lora
 import rewards
-from grpo_lora import CausalLM, GRPOConfig, GRPOTrainer, Rollout, encode_prompt
+from grpo_lora import CausalLM, GRPOConfig, GRPOTrainer, Rollout, encode_prompt, grpo_loss
 from lora import (
     LoRAConfig,
     LoRALinear,
@@ -310,6 +314,36 @@ def test_a_subclass_of_linear_is_adapted_where_it_acts_as_one(output, adapted, d
     )
 
 
+def test_the_sections_that_the_readme_names_can_be_copied_by_themselves():
+    source = inspect.getsource(grpo_lora)
+    head, *parts = re.split(r"^# -+ (.+)$", source, flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    imports = re.sub(r"^from (lora|rewards) import.*$", "", head, flags=re.MULTILINE)
+    imports += "from collections.abc import Iterable"  # of check_choice
+    copy_of = lambda *texts: exec("\n".join([imports, *texts]), made := {}) or made
+
+    mine = copy_of(inspect.getsource(lora.check_choice), sections["the objective"])
+    A = mine["multi_objective_advantages"](
+        torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.5, 3.0]]]), torch.ones(2),
+        aggregation="normalize_then_sum",
+    )  # fmt: skip
+    logps, ours = torch.randn(3, 2), mine["grpo_loss"]
+    options = {"loss_type": "gmpo", "ref_logps": logps * 0.9, "beta": 0.1}
+    options["importance_sampling_level"] = "sequence"
+    losses = [f(logps, logps * 1.1, A[0], logps < 0, **options)[0] for f in (ours, grpo_loss)]
+    assert torch.equal(*losses)
+
+    names = list(sections)
+    several = names[names.index("rollout") : names.index("the model, seen as two parts") + 1]
+    needed = [inspect.getsource(f) for f in (grpo_lora.completion_mask, grpo_lora.evaluating)]
+    mine, model = copy_of(*needed, *(sections[name] for name in several)), tiny_model()
+    rollout = sample(model, *prompts(), engine=types.SimpleNamespace(**mine))
+    whole = sample(model, *prompts())
+    assert torch.equal(rollout.completion_ids, whole.completion_ids)
+    logps, _ = mine["completion_logps"](model, rollout, temperature=1.0)
+    assert torch.equal(logps, grpo_lora.completion_logps(model, whole, temperature=1.0)[0])
+
+
 def test_a_small_alpha_and_a_rank_of_one_will_do():
     model, base, ids = toy(LoRAConfig(r=1, lora_alpha=0.5))
     assert model.up.lora_A.weight.shape == (1, 6) and not torch.equal(model(ids), base(ids))
@@ -408,6 +442,21 @@ def test_a_setting_out_of_its_bounds_is_refused(setting, words):
         GRPOConfig(**setting)
 
 
+def test_a_gold_answer_in_prose_is_refused_and_a_long_title_is_not():
+    check = lambda gold: rewards.check_row(rewards.accuracy_reward, {"prompt": "", "answer": gold})
+    words = "one two three four. Five six seven eight".split()
+    for right, wrong in ((words[:7], words), (["word"] * 15, ["word"] * 16)):
+        check(" ".join(right))
+        with pytest.raises(ValueError, match="no completion can match the gold answer"):
+            check(" ".join(wrong))
+
+
+def test_a_reward_that_nothing_goes_by_is_refused_with_all_that_there_are():
+    with pytest.raises(ValueError, match=r"rewards: 'acuracy' is unknown \(all: accuracy, math_v"):
+        rewards.reward_function("acuracy")
+    assert rewards.reward_function("accuracy_reward") is rewards.accuracy_reward
+
+
 def test_no_number_below_its_bound_is_taken():
     above_0 = "eval_steps temperature epsilon_high delta sapo_temperature_pos sapo_temperature_neg"
     above_0 += " opmd_tau top_entropy_quantile sampler_correction_clip_max max_grad_norm"
@@ -430,6 +479,9 @@ def test_a_ratio_of_sequences_weighed_by_their_length_is_pointed_out():
     for loss_type in ("dapo", "bnpo", "dr_grpo", "cispo"):
         with pytest.warns(UserWarning, match=f"{loss_type}' weighs a row by its length"):
             GRPOConfig(loss_type=loss_type, importance_sampling_level="sequence", epsilon_high=1.0)
+    for loss_type in ("vespo", "gmpo", "opmd"):
+        with pytest.warns(UserWarning, match=f"{loss_type}' acts in the KL alone"):
+            GRPOConfig(loss_type=loss_type, importance_sampling_level="sequence")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GRPOConfig(loss_type="grpo", importance_sampling_level="sequence")
@@ -462,6 +514,9 @@ async def slow_reward(completions, **columns):
 
 def test_rewards_may_be_async_may_say_none_and_are_weighted():
     half = lambda completions, **columns: [1.0 if i % 2 else None for i in range(len(completions))]
+    none = lambda completions, **columns: [None] * len(completions)
+    unscored = update(trainer(reward=[slow_reward, none]))
+    assert all(math.isnan(unscored[f"rewards/<lambda>/{what}"]) for what in ("mean", "std"))
     t = trainer(reward=[slow_reward, half], reward_weights=[2.0, 10.0])
     metrics = update(t)
     assert metrics["rewards/slow_reward/mean"] == 0.5 and metrics["reward"] == pytest.approx(
