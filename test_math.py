@@ -213,15 +213,18 @@ def test_several_rewards_are_weighted_once_and_none_is_not_zero():
     rewards = torch.tensor([[[1.0, 10.0], [0.0, nan], [nan, nan], [1.0, 0.0]]], dtype=torch.float64)
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
     total = torch.tensor([[6.0, 0.0, nan, 1.0]], dtype=torch.float64)
-    torch.testing.assert_close(
-        multi_objective_advantages(rewards, weights), group_advantages(total)
-    )
+    for options in [{}, {"eps": 0.5}, *({"scale": scale} for scale in grpo_lora.SCALES)]:
+        got = multi_objective_advantages(rewards, weights, **options)
+        torch.testing.assert_close(got, group_advantages(total, **options))
     # normalize_then_sum: first within each
-    each = torch.stack([group_advantages(r)[0] for r in rewards.unbind(-1)])
-    summed = (each * weights.unsqueeze(1)).sum(0)[[0, 1, 3]]
-    got = multi_objective_advantages(rewards, weights, aggregation="normalize_then_sum")
-    torch.testing.assert_close(got[0, [0, 1, 3]], (summed - summed.mean()) / (summed.std() + 1e-4))
-    assert got[0, 2] == 0
+    for eps in (1e-4, 0.5):
+        each = torch.stack([group_advantages(r, eps=eps)[0] for r in rewards.unbind(-1)])
+        summed = (each * weights.unsqueeze(1)).sum(0)[[0, 1, 3]]
+        options = {"aggregation": "normalize_then_sum", "eps": eps}
+        got = multi_objective_advantages(rewards, weights, **options)
+        want = (summed - summed.mean()) / (summed.std() + eps)
+        torch.testing.assert_close(got[0, [0, 1, 3]], want)
+        assert got[0, 2] == 0
     # a group of equal rewards is left out of what the batch's mean would make of it
     more = torch.cat([rewards, torch.full_like(rewards, 0.3)])
     got = multi_objective_advantages(more, weights, aggregation="normalize_then_sum")
@@ -286,6 +289,7 @@ def test_kl_term_is_masked_averaged_and_corrected_like_the_rest_and_by_nothing_e
             gradient(loss, logps), gradient(0.5 * (kl / divisor).sum(), logps)
         )
         assert stats["kl"] == pytest.approx((kl.sum() / mask.sum()).item())
+    assert "kl" not in grpo_loss(logps, old, zero, mask, ref_logps=ref, **setting_of(loss_type))[1]
 
 
 def test_corrected_k3_has_the_gradient_of_k2():
@@ -405,12 +409,14 @@ def test_surrogates_beyond_trls_by_hand():
         ((~near & mask).sum() / mask.sum()).item()
     )
 
-    total = 0.0
+    total, clipped = 0.0, 0
     for row in range(len(logps)):
         own = log_ratio[row][mask[row]]
         c = own.clamp(max=0.15) if A[row] > 0 else own.clamp(min=-0.1)
+        clipped += int((c != own).sum())
         total = total - (A[row] * c.mean().exp()).sum() if len(own) else total
-    loss, _ = grpo_loss(logps, old, A.squeeze(1), mask, loss_type="gmpo", **sizes)
+    loss, stats = grpo_loss(logps, old, A.squeeze(1), mask, loss_type="gmpo", **sizes)
+    assert stats["clip_ratio/region_mean"] == pytest.approx(clipped / int(mask.sum()))
     torch.testing.assert_close(loss, total / len(logps))
     torch.testing.assert_close(gradient(loss, logps), gradient(total / len(logps), logps))
     assert (per_row > 1).any()
@@ -420,6 +426,15 @@ def test_surrogates_beyond_trls_by_hand():
         loss, _ = grpo_loss(logps, old, A.squeeze(1), mask, loss_type="opmd", opmd_tau=tau)
         torch.testing.assert_close(loss, want)
         torch.testing.assert_close(gradient(loss, logps), gradient(want, logps))
+
+
+def test_dppo_keeps_a_probability_that_has_moved_to_its_bound():
+    half, quarter = (torch.full((1, 1), p, dtype=torch.float64).log() for p in (0.5, 0.25))
+    for old, new, A in ((quarter, half, 1.0), (half, quarter, -1.0)):
+        logps = new.clone().requires_grad_()
+        options = {"loss_type": "dppo", "epsilon": 0.25, "epsilon_high": 0.25}
+        loss, _ = grpo_loss(logps, old, torch.tensor([A]).double(), torch.ones(1, 1), **options)
+        assert gradient(loss, logps).item() == pytest.approx(-A * (new - old).exp().item())
 
 
 def test_dppo_truncates_the_ratio_at_20():

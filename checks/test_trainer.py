@@ -434,6 +434,7 @@ def test_a_trainer_that_cannot_work_says_so():
         ({"lr_scheduler_type": "step"}, "lr_scheduler_type: 'step' is unknown"),
         ({"sampler_correction": "tis"}, "sampler_correction: 'tis' is unknown"),
         ({"kl_estimator": "k4"}, "kl_estimator: 'k4' is unknown"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation: 'sum' is unknown"),
         ({"importance_sampling_level": "row"}, "importance_sampling_level: 'row' is unknown"),
     ],
 )
@@ -473,6 +474,8 @@ def test_no_number_below_its_bound_is_taken():
                     GRPOConfig(**{field.name: value})
             if field.name in least_1.split():
                 GRPOConfig(**{field.name: 1})
+            elif field.type in (float, float | None):
+                GRPOConfig(**{field.name: 0.01})
 
 
 def test_a_ratio_of_sequences_weighed_by_their_length_is_pointed_out():
