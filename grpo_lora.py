@@ -8,16 +8,14 @@ GRPO (Shao et al. 2024, DeepSeekMath) samples a group of completions of each pro
 and makes each more or less likely by how it compares with its group. There is no value network.
 With LoRA (lora.py) the reference policy is the model with its adapter off: no second model either.
 
-In order: the objective, the settings, the trainer (its `update` is the algorithm), the rollout, the
-log-probabilities. If you stop there you have read GRPO. Then: the model as two parts, data,
-processes.
+In order: the objective, settings, the trainer (`update` is the algorithm), rollout and
+log-probabilities. If you stop there you have read GRPO. Then: the model as two parts, data.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
 a prompt are adjacent. b: a part of the rows. L prompt tokens, T completion tokens, V tokens in the
 vocabulary, H the model's width, K reward functions. P and B are of one process, or of all.
 
-Left out, and refused: vLLM and other servers, tools, multi-turn, images, the entropy bonus,
-router losses, learned reward models. (TRL and verl have them.)
+Left out, and refused: see README, Limits. (TRL and verl have most of it.)
 """
 
 import hashlib
@@ -222,13 +220,13 @@ def grpo_loss(
 
     mask = mask.bool()
     logps = torch.where(mask, logps, 0.0)  # and not logps · mask: 0 · NaN is NaN
-    old_logps = torch.where(mask, old_logps, 0.0)
-    m, A = mask.to(logps.dtype), advantages.unsqueeze(1)  # (B, T), (B, 1)
+    old_logps = torch.where(mask, old_logps.detach(), 0.0)
+    m, A = mask.to(logps.dtype), advantages.detach().unsqueeze(1)  # (B, T), (B, 1)
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
     # 1. the ratio. Above 88 exp would overflow float32, and 0 · inf make the gradient NaN
-    log_ratio = (logps - old_logps).clamp(max=80)
+    log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))
     row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
     by_row = importance_sampling_level == "sequence"
     ratio = row_mean(log_ratio).exp().expand(B, T) if by_row else log_ratio.exp()  # (B, T)
@@ -266,9 +264,9 @@ def grpo_loss(
         stats |= {"clip_ratio/low_mean": low_clip, "clip_ratio/high_mean": high_clip}
         stats["clip_ratio/region_mean"] = low_clip | high_clip
     if token_weights is not None:
-        loss = loss * torch.where(mask, token_weights, 0.0)
+        loss = loss * torch.where(mask, token_weights.detach(), 0.0)
     if beta and ref_logps is not None:
-        kl = kl_penalty(logps, torch.where(mask, ref_logps, 0.0), estimator=kl_estimator)
+        kl = kl_penalty(logps, torch.where(mask, ref_logps.detach(), 0.0), estimator=kl_estimator)
         if use_bias_correction_kl:
             kl = kl * ratio
         loss = loss + beta * kl
@@ -300,7 +298,7 @@ class GRPOConfig:
     """Settings of the algorithm. A name that TRL has means the same here; the defaults are ours."""
 
     output_dir: str | None = setting(None, "Folder for the run's files. None: no files.")
-    seed: int = setting(0, "Seed of everything random: data order, adapter, sampling.")
+    seed: int = setting(0, "Of everything random.", at_least=0, at_most=2**32 - 1)
     max_steps: int = setting(100, "Optimiser updates.", at_least=0)
     eval_steps: int | None = setting(None, "Evaluate every so many updates, too.", above=0)
     # the batch
@@ -520,7 +518,7 @@ class GRPOTrainer:
         opened = [OPENED.findall(str(self.tokenizer.decode(tail[seen])))[0] for tail, seen in tails]
         texts = [opened[i // G] + text for i, text in enumerate(texts)]
         state = SimpleNamespace(**vars(self.args), global_step=self.step)
-        log_metric = lambda name, x: self.reward_metrics.append((1, {name: float(x)}))
+        log_metric = lambda name, x: self.reward_metrics.append((1, {str(name): float(x)}))
         given = {"trainer_state": state, "log_metric": log_metric}
         scores, extra = call_rewards(self.reward_funcs, rows, texts, ids, **given)
         columns = extra | {  # ours replace what a reward logs by the same name
@@ -607,8 +605,7 @@ class GRPOTrainer:
             metrics = {"step": 0, **self.evaluate()}
             for callback in self.callbacks:
                 callback(self, metrics)
-        quiet = None if self.rank == 0 else True  # None: shown on a terminal only
-        for index in tqdm(range(self.step // n, end // n), "GRPO", unit="batch", disable=quiet):
+        for index in tqdm(range(self.step // n, end // n), "GRPO", disable=self.rank > 0 or None):
             started, self.eval_samples = time.perf_counter(), []
             self.seed("update", index)
             metrics = self.update(self.batch(index))
@@ -720,8 +717,7 @@ class GRPOTrainer:
         if not funcs:
             raise ValueError("rewards: at least one reward function is needed")
         if len(weights) != len(funcs) or not all(map(math.isfinite, weights)):
-            counts = f"{weights} for {len(funcs)} reward functions"
-            raise ValueError(f"reward_weights: {counts}; one finite number each is needed")
+            raise ValueError(f"reward_weights: {weights}: {len(funcs)} finite numbers are needed")
         self.reward_weights = torch.tensor(weights, dtype=torch.float64)
 
         lm = CausalLM(model)  # refuses models that it cannot be right for
@@ -741,7 +737,10 @@ class GRPOTrainer:
         self.pad_token_id = self.eos_token_ids[0]  # any token does: padding is masked
         vocabulary = lm.core.get_input_embeddings().weight.shape[0]
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        window = getattr(lm.core.config.get_text_config(), "max_position_embeddings", None)
+        own, keys = lm.core.config.get_text_config(), ("max_position_embeddings", "rope_parameters")
+        window, rope = (getattr(own, key, None) for key in keys)
+        if (rope or {}).get("rope_type") == "longrope":  # beyond it all rows get other frequencies
+            window = rope["original_max_position_embeddings"]
         room = (window or math.inf) - args.max_completion_length
         for rows in (train_dataset, *([] if eval_dataset is None else [eval_dataset])):
             check_dataset(rows, self.reward_funcs, self.encode, room, vocabulary)
@@ -1119,8 +1118,7 @@ class CausalLM:
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             result = self.core(input_ids=ids, use_cache=False)
         if not decoder.called:
-            names = type(self.core).__name__, type(self.decoder).__name__
-            raise ValueError("{}'s forward does not call its decoder, {}".format(*names))
+            raise ValueError(f"{type(self.core).__name__} calls no {type(self.decoder).__name__}")
         logits = result.logits.squeeze(0)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -1162,6 +1160,8 @@ def check_causal(core: Any, peft_config: dict[str, Any]) -> None:
         problem = "is an encoder-decoder"
     if getattr(config.get_text_config(), "use_bidirectional_attention", False) in (True, "all"):
         problem = "attends to later tokens"
+    if core.get_output_embeddings() is None:
+        problem = "has no head for the next token: load it by AutoModelForCausalLM"
     if problem:
         raise ValueError(f"{type(core).__name__} {problem}; a causal decoder is needed")
     for name in (n for n, adapter in peft_config.items() if adapter.is_prompt_learning):
@@ -1180,7 +1180,7 @@ def encode_prompt(
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     is_text = lambda message, key: isinstance(message, dict) and isinstance(message.get(key), str)
     right = isinstance(chat, list) and all(is_text(m, k) for m in chat for k in ("role", "content"))
-    if not prompt or not right:
+    if not right or not prompt:
         raise ValueError("'prompt' must be text or a list of messages with 'role' and 'content'")
     if isinstance(prompt, str) and system_prompt is None:
         plain = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -1204,7 +1204,7 @@ def check_dataset(
 ) -> None:
     """Raises ValueError for the first row whose prompt or columns cannot be used."""
     if isinstance(rows, dict) or not hasattr(rows, "__len__") or hasattr(rows, "iloc"):
-        how = "a DataFrame's to_dict('records'), one split of a DatasetDict, list(IterableDataset)"
+        how = "json.loads(frame.to_json(orient='records')), one split of a DatasetDict, list(rows)"
         raise ValueError(f"the data set is a {type(rows).__name__}: must be rows, as {how}")
     if not len(rows):
         raise ValueError("the data set is empty")
@@ -1219,7 +1219,7 @@ def check_dataset(
                 raise ValueError(f"column {name!r} has a meaning in TRL and none here: drop it")
             ids = encode(row)
             if not 0 < len(ids) <= room:
-                raise ValueError(f"the prompt has {len(ids)} tokens; between 1 and {room:g} fit")
+                raise ValueError(f"the prompt has {len(ids)} tokens; between 1 and {room:g} fit in")
             if max(ids) >= vocabulary:
                 raise ValueError(f"token {max(ids)} is beyond the model's {vocabulary} embeddings")
             for function in reward_funcs:

@@ -236,12 +236,13 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
     return _insert(model, config, make_adapters(model, config))
 
 
-def make_adapters(model: Any, config: LoRAConfig) -> Adapters:
-    """The adapters that a config asks for, by module name. The model is not changed yet."""
-    modules = dict(model.named_modules())
+def make_adapters(model: Any, config: LoRAConfig, strict: bool = True) -> Adapters:
+    """The adapters that a config asks for, by module name. The model is not changed yet. strict:
+    every name in the config must match a module. (PEFT is content if one does.)"""
+    modules, select = dict(model.named_modules()), lambda *args: _select(*args, strict=strict)
     if any(isinstance(module, _Switchable) for module in modules.values()):
         raise ValueError("the model already carries a LoRA adapter: merge_and_unload it first")
-    named = _select(modules, config.modules_to_save or [], str.endswith, "modules_to_save: none")
+    named = select(modules, config.modules_to_save or [], str.endswith, "modules_to_save: none")
     saved = [n for n in named if not any(n.startswith(f"{outer}.") for outer in named)]  # outermost
     inside = lambda name: any(f"{name}.".startswith(f"{s}.") for s in saved)
     linear = [n for n, module in modules.items() if _is_linear(module) and not inside(n)]
@@ -252,9 +253,10 @@ def make_adapters(model: Any, config: LoRAConfig) -> Adapters:
     if wanted == "all-linear" and hasattr(model, "get_output_embeddings"):
         linear = [n for n in linear if modules[n] is not model.get_output_embeddings()]
     keys, matches = ([wanted], _by_regex) if isinstance(wanted, str) else (wanted, _by_ending)
-    targets = _select(linear, keys, matches, f"target_modules: no linear layer{odd}")
-    ranks = _select(targets, config.rank_pattern, _by_pattern, "rank_pattern: no adapted layer")
-    alphas = _select(targets, config.alpha_pattern, _by_pattern, "alpha_pattern: no adapted layer")
+    none = f"target_modules: no linear layer{odd}"
+    targets = select(linear, keys, matches, none) or _select(linear, keys, matches, none)
+    ranks = select(targets, config.rank_pattern, _by_pattern, "rank_pattern: no adapted layer")
+    alphas = select(targets, config.alpha_pattern, _by_pattern, "alpha_pattern: no adapted layer")
 
     layers: Adapters = {}
     for name in targets:
@@ -273,11 +275,11 @@ _by_pattern = lambda name, regex: re.fullmatch(rf"(.*\.)?({regex})", name)
 
 
 def _select(
-    names: Collection[str], keys: Collection[str], matches: Callable[..., Any], nothing: str
+    names: Collection[str], keys: Collection[str], matches: Any, nothing: str, strict: bool = True
 ) -> dict[str, str]:
-    """The names that match a key, in their own order -> the first key that each matches. Raises
-    ValueError for a key that matches nothing, with the names that there are."""
-    for key in keys:
+    """The names that match a key, in their own order -> the first key that each matches. strict:
+    raises ValueError for a key that matches nothing, with the names that there are."""
+    for key in keys if strict else ():
         if not any(matches(name, key) for name in names):
             there = {name.rpartition(".")[2] for name in names if name and not name[-1].isdigit()}
             raise ValueError(f"{nothing} matches {key!r}; there are {', '.join(sorted(there))}")
@@ -477,7 +479,7 @@ def load_lora(model: Any, directory: str | Path) -> Any:
     with naming(f"{file}: cannot be read as a safetensors file", OSError, SafetensorError):
         tensors = load_file(file)
     with naming(directory, ValueError):
-        adapters = make_adapters(model, config)
+        adapters = make_adapters(model, config, strict=False)
     wanted, base = _file_tensors(adapters), dict(model.named_parameters(remove_duplicate=False))
     for key in tensors.keys() - wanted.keys():  # PEFT adds the base weight of an adapted head
         weight = base.get(key.removeprefix(PREFIX).replace(".base_layer", ""))

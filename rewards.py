@@ -1,14 +1,13 @@
 """Rewards for GRPO: read the answer out of a completion, compare it exactly, score it.
 
-A reward function is called by keyword with `prompts`, `completions` and every column of the data as
-a list. It returns one float per completion, or None for "not applicable". That is TRL's and
-open-r1's signature: theirs run here unchanged, and ours run there on data with an answer column.
-Completions are strings, or lists of chat messages. The trainer also passes completion_ids,
-trainer_state, log_extra and log_metric. `async def` is fine.
+A reward function is called by keyword with `prompts`, `completions` (strings, or lists of chat
+messages) and every column of the data as a list, and with completion_ids, trainer_state, log_extra
+and log_metric. It returns one float per completion, or None for "not applicable", and may be async.
+That is TRL's and open-r1's signature: theirs run here, and ours there if the data has `answer`.
 
 The functions here return for any text, in time linear in its length, and evaluate nothing that a
-model wrote. (math_verify, the library's checker, parses it.) Most are modelled on open-r1's, in
-src/open_r1/rewards.py; but tags need no line breaks, and lengths are in tokens, within a group.
+model wrote. (math_verify, the library's checker, parses it.) Most are modelled on open-r1's; but
+tags need no line breaks, and lengths are in tokens, within a group.
 """
 
 import asyncio
@@ -69,8 +68,7 @@ def unwrap(text: str) -> str:
 
 
 def _last_boxed(text: str) -> str:
-    r"""What stands in the last \boxed{...} that closes and is not empty, or the number in the last
-    \boxed 2; of nested ones the inner; or ''."""
+    r"""What is in the last \boxed{...} that closes and is not empty, of nested ones the inner."""
     boxed = r"(?<!\\)(?:\\\\)*\\boxed"  # but no \\boxed, which is a line break and a word
     text = re.sub(boxed + r"\s+([+-]?[0-9.,/]*[0-9])", r"\\boxed{\1}", text)
     for content in reversed(re.split(boxed + r"\s*\{(?!\s*\})", text)[1:]):
@@ -99,9 +97,9 @@ _REWRITES = [  # notations that do not change the meaning, one after the other
     (r"^([+-]?)10\^", r"\g<1>1\\times10^"),
 ]
 _COMMAS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])"  # 1,234
-_DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"  # 12, 12.5, .5, 1e3
+_DECIMAL = r"(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][+-]?[0-9]{1,3})?"  # 12, 12.5, .5, 1e3
 _NUMBER = (  # where it stands alone, or alone between brackets and commas
-    r"(?:(?<![^(\[{,;&\\])|(?<=matrix\}))([+-]?)(?:([0-9]+)(?: |(?=\\)))?"  # the 1 of 1 1/2
+    r"(?:(?<![^(\[{,;&\\])|(?<=matrix\}))([+-]?)(?:([0-9]++)(?: |(?=\\)))?"  # the 1 of 1 1/2
     rf"(?:\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}"
     rf"|({_DECIMAL})(?:/({_DECIMAL})|\\(?:times|cdot)10\^\{{(-?[0-9]{{1,3}})\}})?)"
     r"(%?)(?=$|[)\]},;&]|\\[\\}]|\\end)"
@@ -110,9 +108,10 @@ _UNIT = re.compile(  # \text{ cm}^2, or up to three words, if they make no other
     r"(?i)(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)(?=[a-z]{4})"
     r"|(?=(?:[ckm]m|[km]g|in|ft|mi|lb|hrs?|min|sec|mph|days?|men)\b))"
     r"(?![a-z/\s]{0,40}\b(?:(?:four|six|seven|ten|hundred|thousand|[a-z]+illion)(?:th)?|third|"
-    r"fifth|eighth|ninth|twelfth|[a-z]+teenth|one|two|three|five|eight|nine|zero|lakh|dozen|"
-    r"percent|cent|half|halve|quarter|squared|cubed|factorial|repeating|recurring|binary|root|sqrt|"
-    r"pi|mod|base|sin|cos|tan|log|and|or|to|of|out|plus|minus|times|over|by|below|[ap]m)s?\b)"
+    r"fifth|eighth|ninth|twelfth|[a-z]+teenth|one|two|three|five|eight|nine|zero|lakh|crore|dozen|"
+    r"gross|grand|(?:per)?cent(?:age)?|half|halve|quarter|squared|cubed|factorial|repeating|"
+    r"recurring|binary|octal|hex|hexadecimal|negative|root|sqrt|pi|mod|base|sin|cos|tan|log|and|or|"
+    r"to|of|out|plus|minus|times|over|by|below|[ap]m)s?\b)"
     r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
     r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
 )
@@ -137,7 +136,7 @@ def canonical_answer(answer: Any) -> Fraction | str:
         text = re.sub(_COMMAS, lambda match: match[0].replace(",", ""), text)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
-    text = re.sub(_NUMBER, _value, text.rstrip(".,;: \n\t"))
+    text = re.sub(_NUMBER, _value, text if text.endswith("...") else text.rstrip(".,;: \n\t"))
     ordered = lambda match: ",".join(sorted(re.split(r",(?![^(]*\))", match[1])))
     flat = r"(?<=\\\{)((?:[^{}[\]\\]|\\[A-Za-z]+|\{[^{}]*\})*)(?=\\\})"  # no sets of sets
     text = re.sub(flat, ordered, text)
@@ -199,8 +198,8 @@ def gold_answer(gold: Any) -> Any:
 
 
 def math_verify_reward(prompts, completions, answer, **columns) -> Rewards:
-    """accuracy_reward by the library math-verify, as TRL calls it: it knows symbolic mathematics,
-    and may take 10 s to parse an answer, and to compare it. None for a gold it cannot parse."""
+    """accuracy_reward by the library math-verify, as in TRL: it knows symbolic mathematics, and may
+    take 10 s to parse, and to compare. None for a gold it cannot parse; bare TeX gets its $."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -208,7 +207,9 @@ def math_verify_reward(prompts, completions, answer, **columns) -> Rewards:
     latex = LatexExtractionConfig(False, 0, NormalizationConfig(units=True))
     read = lambda text: parse(text, [latex], extraction_mode="first_match", parsing_timeout=limit)
     found = [read(completion_text(completion)) for completion in completions]
-    golds = [parse(str(gold), parsing_timeout=limit) for gold in answer]
+    whole = re.compile(r"\$|\\[(\[]|(?<![\\A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}")  # marked, or prose
+    tex = lambda gold: str(gold) if gold is None or whole.search(str(gold)) else f"${gold}$"
+    golds = [parse(tex(gold_answer(gold)), parsing_timeout=limit) for gold in answer]
     pairs = zip(golds, found, strict=True)
     return [float(verify(g, f, timeout_seconds=limit)) if g else None for g, f in pairs]
 
@@ -320,8 +321,7 @@ def reward_name(function: Callable[..., Any]) -> str:
 
 
 def check_row(function: Callable[..., Any], row: Any) -> None:
-    """Raises ValueError for a row of the data that lacks a column which `function` asks for, or
-    where it would compare with a gold answer that nothing could match."""
+    """Raises ValueError for a row without what `function` asks for, or with a gold nothing fits."""
     given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
     given |= {"answer"} if "solution" in row else set()
     try:
@@ -330,7 +330,7 @@ def check_row(function: Callable[..., Any], row: Any) -> None:
         what = f"reward {reward_name(function)}: {error}"
         raise ValueError(f"{what}; the row has {', '.join(row)}") from None
     if inspect.unwrap(function) in (accuracy_reward, length_reward, cosine_reward):
-        gold = gold_answer(row.get("answer", row.get("solution")))
+        gold = gold_answer(row.get("solution") if row.get("answer") is None else row["answer"])
         words = len(re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", str(gold)))
         prose = words > 7 and re.search(r"[a-z0-9)][.!?]\s+[A-Z]", str(gold))  # not a long title
         if prose or words > 15 or isinstance(gold, list | tuple | dict):
@@ -342,24 +342,24 @@ def call_rewards(
     functions: Sequence[Callable[..., Any]], rows: Any, texts: list[str], ids: Any, **given: Any
 ) -> tuple[list[list[float]], dict[str, list[Any]]]:
     """Every function's scores of the completions, NaN for None, and what they log with log_extra.
-    rows: the data's row of each completion. `solution` serves as `answer` where that is missing.
-    Raises RewardError, naming the function."""
+    rows: each completion's row of the data. `solution` serves as `answer` where that is missing."""
     extra: dict[str, list[Any]] = {}
-    rows = [{"answer": row["solution"], **row} if "solution" in row else row for row in rows]
+    lacks = lambda row: "solution" in row and row.get("answer") is None
+    rows = [{**row, "answer": row["solution"]} if lacks(row) else row for row in rows]
     names = dict.fromkeys(itertools.chain(*rows))
     columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
     prompts = columns.pop("prompt")
     chat = lambda text: [{"role": "assistant", "content": text}]
     replies = [t if isinstance(p, str) else chat(t) for p, t in zip(prompts, texts, strict=True)]
     columns |= {"prompts": prompts, "completions": replies, "completion_ids": ids}
-    given["log_extra"] = extra.__setitem__
+    given["log_extra"] = lambda name, values: extra.__setitem__(str(name), list(values))
     scores: list[list[float]] = []
     for function in functions:
         name = reward_name(function)
         try:  # each gets lists of its own, as it may change what it gets
             given_scores = finish(function(**copy.deepcopy(columns), **given))
             scores.append([math.nan if score is None else float(score) for score in given_scores])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
         if len(scores[-1]) != len(rows):
             counts = f"{len(scores[-1])} values for {len(rows)} completions; one each is needed"

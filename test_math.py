@@ -634,6 +634,32 @@ def test_what_is_masked_has_no_influence_not_even_nan(loss_type, level):
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_log_probs_alone_carry_gradients_also_where_they_are_passed_as_the_old_ones(loss_type):
+    logps, _, A, mask, ref = batch(5)
+    options = setting_of(loss_type, beta=0.1)
+    others = [x.clone().requires_grad_() for x in (A, ref, torch.rand(mask.shape).double())]
+    A_, ref_, weights = others
+    options |= {"loss_type": loss_type}
+    loss, _ = grpo_loss(logps, logps, A_, mask, ref_logps=ref_, token_weights=weights, **options)
+    options |= {"ref_logps": ref, "token_weights": weights.detach()}
+    want, _ = grpo_loss(logps, logps.detach(), A, mask, **options)
+    own, *rest = torch.autograd.grad(loss, [logps, *others], allow_unused=True)
+    assert torch.equal(own, gradient(want, logps)) and own.any() and rest == [None] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_policy_far_off_has_finite_gradients_in_any_precision(loss_type, dtype):
+    for gap, A in itertools.product((12.0, 50.0, 99.0, -99.0), (1.0, -1.0)):
+        logps = torch.full((1, 2), -1.0, dtype=dtype, requires_grad=True)
+        old, one = logps.detach() - gap, torch.ones(1, 2, dtype=torch.bool)
+        loss, _ = grpo_loss(
+            logps, old, torch.tensor([A], dtype=dtype), one, **setting_of(loss_type)
+        )
+        assert gradient(loss, logps).isfinite().all(), (gap, A)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_an_empty_batch_has_loss_zero_and_gradient_zero(loss_type):
     logps, old, A, _, ref = batch(6)
     nothing = torch.zeros(logps.shape, dtype=torch.bool)
@@ -1302,7 +1328,10 @@ def test_decimals_percent_separators_and_exponents_are_exact(n, places):
         (r"5\text{ (mod 7)}", "5", False), ("5:00 p.m.", "5:00", False), ("7 pm", "7", False),
         ("30°", r"30^{\circ}", True), ("30", r"30^\circ", True), (r"\$18", "18", True),
         (r"\$18", "€18", False), ("1 1/2 hours", r"1.5\text{ hours}", True),
-        ("1 3/2", "5/2", False),
+        ("1 3/2", "5/2", False), ("0.333...", "0.333", False), ("1, 2, 3, ...", "1, 2, 3", False),
+        ("3 crore", "3", False), ("5 grand", "5", False), ("5 gross", "5", False),
+        ("11 octal", "11", False), ("11 hex", "11", False), ("5 percentages", "5", False),
+        ("5 negative", "5", False), ("5 gallons.", "5", True),
     ],
 )  # fmt: skip
 def test_answers_match_examples(left, right, same):
@@ -1399,6 +1428,12 @@ def test_the_layout_of_many_repeated_tags_is_refused_at_once():
     text, start = "<think>" + "</think><answer></answer>" * 12_000 + "x", time.process_time()
     assert REWARDS["format"](prompts=["p"], completions=[text]) == [0.0]
     assert time.process_time() - start < 1.0  # a regular expression alone backtracks for 8 s
+
+
+def test_a_long_fraction_that_is_none_is_refused_at_once():
+    start = time.process_time()
+    assert not answers_match("1" * 300 + "/" + "1" * 300 + "!", "5")
+    assert time.process_time() - start < 1.0  # a pattern that gives digits back takes 4 s
 
 
 def test_reward_values_by_hand():

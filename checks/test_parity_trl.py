@@ -399,7 +399,7 @@ def test_math_verify_is_trls_accuracy_reward(monkeypatch):
     math_verify = pytest.importorskip("math_verify")
     from trl.rewards import accuracy_reward as theirs
 
-    golds = [r"\frac{1}{3}", "72", r"so it is \boxed{(1,2)}", "no number", r"x^2+2x+1", "0.5"]
+    golds = [r"\frac{1}{3}", "72", r"so it is \boxed{(1,2)}", "no number", "$x^2+2x+1$", "0.5"]
     answers = [r"\boxed{1/3}", r"\boxed{72}", "72", r"\boxed{(1, 2)}", r"\boxed{(x+1)^2}", ""]
     answers += [r"\boxed{\frac{1}{2}}", r"\boxed{50\%}", r"$\frac{2}{6}$"]
     pairs = [(answer, gold) for answer in answers for gold in golds]
@@ -419,6 +419,11 @@ def test_math_verify_is_trls_accuracy_reward(monkeypatch):
         monkeypatch.setattr(math_verify, name, spy)
     rewards.math_verify_reward(None, answers[:1], golds[:1])
     assert limits == [10, 10, 10]
+    # where theirs reads the first number alone, or nothing, of a gold in bare TeX
+    bare = [r"2\sqrt{3}", r"10\pi", "9x^2", "[0,1)", r"\pi", r"\{1,2\}", "x^2+1"]
+    for gold, wrong in zip(bare, ["2", "10", "9", "(0,1)", "3", r"\{1,3\}", "x^2"], strict=True):
+        said = rf"\boxed{{{gold}}}", rf"\boxed{{{wrong}}}"
+        assert rewards.math_verify_reward(None, said, [gold] * 2) == [1.0, 0.0], gold
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -451,11 +451,52 @@ def test_resuming_another_run_is_refused_with_the_setting_named(straight, name, 
     model = with_adapters(
         tiny_model(change.pop("base", 0)), **{"lora_dropout": 0.1, "random": False} | lora
     )
-    t = run_trainer(
-        model, output_dir=str(straight), resume=True, **{"max_steps": 6, "save_steps": 2} | change
-    )
+    same = {"max_steps": 6, "save_steps": 2, "eval_rows": ROWS[:5]}
+    t = run_trainer(model, output_dir=str(straight), resume=True, **same | change)
     with pytest.raises(ValueError, match=f"resume: {name}.* was "):
         t.train()
+
+
+def test_a_resumed_run_is_evaluated_on_the_rows_that_it_was(tmp_path):
+    args = {"output_dir": str(tmp_path), "save_steps": 1}
+    run_trainer(max_steps=1, eval_rows=ROWS[:5], **args).train()
+    with pytest.raises(checkpoints.ResumeError, match="resume: eval data was "):
+        run_trainer(max_steps=2, eval_rows=ROWS[:4], resume=True, **args).train()
+
+
+def test_a_run_may_be_made_longer_where_its_learning_rates_stay(tmp_path):
+    for schedule in ("linear", "constant"):
+        folder = tmp_path / schedule
+        run(folder, max_steps=2, lr_scheduler_type=schedule)
+        ends = pytest.raises(ValueError, match="resume: max_steps was 2, now 4")
+        with ends if schedule == "linear" else contextlib.nullcontext():
+            run(folder, max_steps=4, lr_scheduler_type=schedule, resume=True)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] == (2 if schedule == "linear" else 4)
+
+
+def test_a_run_that_ended_without_a_checkpoint_is_not_written_over(tmp_path):
+    run(tmp_path, max_steps=2, save_steps=0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(checkpoints.ResumeError, match="holds the adapter of a run that ended"):
+        run(tmp_path, max_steps=2, save_steps=0, resume=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_lines_that_the_record_lacks_are_named_when_a_run_is_resumed(tmp_path, capsys):
+    run(tmp_path, stop_at=4)
+    run(tmp_path, resume=True, max_steps=5)
+    assert "lacks" not in capsys.readouterr().err
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text("".join(line for line in whole.splitlines(True) if '"step": 3,' not in line))
+    run(tmp_path, resume=True, max_steps=6)
+    assert "metrics.jsonl lacks 1 of 5 lines, the first that of update 3" in capsys.readouterr().err
+
+
+def test_what_json_lacks_is_the_same_text_in_every_process():
+    assert checkpoints.as_text({"b", "a"}) == ["'a'", "'b'"]
+    assert checkpoints.as_text(run) == "run" and checkpoints.as_text(Path("a")) == "a"
 
 
 def test_old_checkpoints_go_and_a_full_disk_leaves_the_rest(tmp_path):
@@ -581,7 +622,8 @@ def test_the_command_line_trains_resumes_and_writes_what_it_says(
         (["--delta", "2", "--variant", "cispo"], "delta"), (["--rewards", ""], "at least one"),
         (["--adapter", "nowhere"], "nowhere"), (["--learning_rate", "nan"], "learning_rate"),
         (["--beta", "x"], "--beta: invalid float"), (["--use-vllm"], "vLLM"),
-        (["--loss_type", "gpro"], "grpo"), (["--r", "0"], "r = 0"),
+        (["--loss_type", "gpro"], "grpo"), (["--r", "0"], "r = 0"), (["--seed", "-1"], "seed = -1"),
+        (["--reward_timeout", "1e10"], "reward_timeout"),
         (["--lora_alpha", "nan"], "lora_alpha"), (["--adapter", "x", "--r", "64"], "--r"),
         (["--target_modules", "*_proj"], "regular expression"),
         (["--rank_pattern", "[1]"], "rank_pattern"), (["--device", "meta"], "device"),
@@ -617,6 +659,7 @@ def test_bad_settings_get_one_line_and_exit_code_2(
         (b"prompt\tanswer\n1\t2\n", ":1: looks like CSV"),
         (b"PAR1\x15\x04", ":1: looks like parquet, not JSONL: pandas.read_parquet"),
         (b"\x1f\x8b\x08\x00\x00", ":1: looks like gzip, not JSONL: gunzip it"),
+        ('{"prompt": "1"}'.encode("utf-16"), ":1: looks like UTF-16, not JSONL: iconv -f UTF-16"),
     ],
 )  # fmt: skip
 def test_bad_data_is_refused_with_file_and_line(content, words, model_dir, tmp_path, capsys):
@@ -800,7 +843,8 @@ def test_settings_may_stand_in_a_file_which_each_run_leaves_behind(
     model_dir, data, tmp_path, capsys
 ):
     common = tmp_path / "common.args"
-    common.write_text(f"--model '{model_dir}'\n--data '{data}' --seed 3 " + " ".join(SMALL))
+    words = f"--model '{model_dir}'\n--data '{data}' --seed 3 " + " ".join(SMALL)
+    common.write_text(words, encoding="utf-8-sig")  # as Windows writes it
     assert (
         main(
             [

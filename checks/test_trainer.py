@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import re
+import sys
 import types
 import warnings
 
@@ -61,8 +62,11 @@ from test_training import (
 def test_models_that_cannot_be_right_are_refused():
     empty = tiny_model()
     empty.forward = lambda **kwargs: None
-    with pytest.raises(ValueError, match="forward does not call its decoder, LlamaModel"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM calls no LlamaModel"):
         CausalLM(empty).logits(torch.zeros(1, 32))
+    for kind in (transformers.LlamaModel, transformers.LlamaForSequenceClassification):
+        with pytest.raises(ValueError, match=f"{kind.__name__} has no head for the next token"):
+            CausalLM(kind(tiny_model().config))
     with pytest.raises(ValueError, match="encoder-decoder"):
         CausalLM(
             transformers.T5ForConditionalGeneration(
@@ -145,6 +149,20 @@ def test_the_base_weight_that_peft_writes_for_an_adapted_head_must_be_the_models
         with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=key):
             loaded = load_lora(build(), tmp_path)
     assert torch.equal(loaded.lm_head.lora_B.weight, model.lm_head.lora_B.weight)
+
+
+def test_a_name_in_a_file_may_match_no_module_if_another_does(tmp_path):
+    model = with_adapters(tiny_model(), target_modules=["q_proj", "v_proj"])
+    save_lora(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    more = {"target_modules": ["q_proj", "c_attn", "v_proj"], "rank_pattern": {"k_proj": 3}}
+    more |= {"alpha_pattern": {"fc1": 2}, "modules_to_save": ["classifier"]}
+    file.write_text(json.dumps(config | more))
+    loaded, ids = load_lora(tiny_model(), tmp_path), torch.arange(5, 9).view(1, 4)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="c_attn"):
+        apply_lora(tiny_model(), LoRAConfig(target_modules=["q_proj", "c_attn"]))
 
 
 def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path):
@@ -434,6 +452,7 @@ def test_a_trainer_that_cannot_work_says_so():
         ({"lr_scheduler_type": "step"}, "lr_scheduler_type: 'step' is unknown"),
         ({"sampler_correction": "tis"}, "sampler_correction: 'tis' is unknown"),
         ({"kl_estimator": "k4"}, "kl_estimator: 'k4' is unknown"),
+        ({"max_steps": 3, "num_iterations": 2}, "max_steps: not a multiple of num_iterations = 2"),
         ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation: 'sum' is unknown"),
         ({"importance_sampling_level": "row"}, "importance_sampling_level: 'row' is unknown"),
     ],
@@ -541,6 +560,8 @@ def broken(what):
     def reward(completions, **columns):
         if what == "raises":
             raise RuntimeError("boom")
+        if what == "exits":
+            sys.exit(3)
         return {
             "short": [1.0],
             "inf": [math.inf] * len(completions),
@@ -555,6 +576,7 @@ def broken(what):
     ("what", "words"),
     [
         ("raises", "boom"),
+        ("exits", "raised SystemExit: 3"),
         ("short", "1 values for 16"),
         ("inf", "infinite"),
         ("text", "x"),
@@ -564,6 +586,14 @@ def broken(what):
 def test_a_reward_that_fails_is_named(what, words):
     with pytest.raises(RewardError, match=f"reward reward .*{words}"):
         update(trainer(reward=broken(what)))
+
+
+def test_a_solution_serves_where_an_answer_is_missing_or_none():
+    row = {"prompt": "1", "answer": None, "solution": "5"}
+    scores, _ = rewards.call_rewards([rewards.accuracy_reward], [row], [r"\boxed{5}"], [[1]])
+    assert scores == [[1.0]]
+    with pytest.raises(ValueError, match="no completion can match"):
+        rewards.check_row(rewards.accuracy_reward, row | {"solution": PROSE})
 
 
 def test_what_rewards_log_is_a_mean_over_the_evaluation_and_must_fit():
@@ -689,6 +719,21 @@ def test_a_text_prompt_gets_one_bos_and_no_eos():
 def test_a_prompt_that_is_neither_text_nor_a_chat_is_refused(prompt):
     with pytest.raises(ValueError, match="'prompt' must be text or a list of messages"):
         encode_prompt(prompt, TOKENIZER)
+
+
+def test_a_window_that_changes_the_frequencies_of_all_rows_is_not_left():
+    """Longrope (Phi-3): one row beyond the original length changes what all others see."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    phi = transformers.Phi3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, pad_token_id=0, eos_token_id=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        original_max_position_embeddings=24, rope_scaling={"type": "longrope", **factors},
+    )  # fmt: skip
+    model = with_adapters(AutoModelForCausalLM.from_config(phi).eval())
+    fits = [{"prompt": "1+" * 8}]
+    assert update(trainer(model, rows=fits, prompts_per_step=1))[grpo_lora.GAP] < 1e-5
+    with pytest.raises(ValueError, match="the prompt has 17 tokens; between 1 and 16 fit in"):
+        trainer(model, rows=[{"prompt": "1+" * 8 + "1"}])
 
 
 def test_a_chat_needs_a_template():

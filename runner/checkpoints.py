@@ -26,8 +26,9 @@ from lora import LoRAConfig, save_lora
 from runner.processes import say
 
 # settings that may differ when a run is resumed: they change its results by rounding at most
-MAY_CHANGE = {"output_dir", "max_steps", "eval_steps"}
-MAY_CHANGE |= {"per_device_train_batch_size", "gradient_checkpointing"}
+MAY_CHANGE = {"output_dir", "eval_steps", "per_device_train_batch_size", "gradient_checkpointing"}
+# learning rates that do not depend on max_steps, which may then differ too
+ENDLESS = {"constant", "constant_with_warmup", "inverse_sqrt"}
 
 
 class ResumeError(ValueError):
@@ -58,7 +59,7 @@ class Checkpoints(Record):
         if self.resume:
             load_newest(trainer, self.identity)
             if trainer.rank == 0:
-                cut_back(Path(str(trainer.args.output_dir)), trainer.step)
+                cut_back(trainer)
 
     def __call__(self, trainer: GRPOTrainer, metrics: dict[str, Any]) -> None:
         super().__call__(trainer, metrics)
@@ -95,18 +96,27 @@ def check_output_dir(output_dir: str | None, resume: bool) -> None:
 def identity(trainer: GRPOTrainer) -> dict[str, Any]:
     """What must be the same for a resumed run to be the run that it resumes."""
     settings = dataclasses.asdict(trainer.args)
-    same = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    free = MAY_CHANGE | ({"max_steps"} if trainer.args.lr_scheduler_type in ENDLESS else set())
+    same = {name: value for name, value in settings.items() if name not in free}
     lora = getattr(trainer.model, "lora_config", None)
     if isinstance(lora, LoRAConfig):
         same |= {f"lora.{name}": value for name, value in dataclasses.asdict(lora).items()}
-    data = hashlib.sha256()
-    for i in range(len(trainer.train_dataset)):
-        data.update(to_json(trainer.train_dataset[i]).encode())
+    for name, rows in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset or ())):
+        data = hashlib.sha256()
+        for i in range(len(rows)):
+            data.update(json.dumps(rows[i], default=as_text).encode())
+        same[f"{name} data"] = data.hexdigest()
     frozen = ((n, p) for n, p in trainer.model.named_parameters() if not p.requires_grad)
-    same |= {"rewards": trainer.reward_names, "train data": data.hexdigest()}
-    same |= {"base model": fingerprint(frozen)}
+    same |= {"rewards": trainer.reward_names, "base model": fingerprint(frozen)}
     shapes = {name: list(p.shape) for name, p in trainer.params.items()}
     return json.loads(to_json(same | {"trainable parameters": shapes}))
+
+
+def as_text(value: Any) -> Any:
+    """What JSON lacks, such as a set or a function, as the same text in every process."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    return getattr(value, "__qualname__", None) or str(value)
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
@@ -182,7 +192,11 @@ def load_newest(trainer: GRPOTrainer, same: dict[str, Any]) -> None:
         trainer.load_state_dict(saved)
         say(f"resume: going on from {folder}")
         return
-    say(f"resume: no intact checkpoint in {trainer.args.output_dir}, starting at the beginning")
+    root = Path(str(trainer.args.output_dir))
+    if (root / "adapter").exists() and max(recorded(root), default=1) > 0:
+        what = f"{root} holds the adapter of a run that ended, and no intact checkpoint"
+        raise ResumeError(f"resume: {what}; name a new folder, as this would write over it")
+    say(f"resume: no intact checkpoint in {root}, starting at the beginning")
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], str]:
@@ -200,9 +214,10 @@ def read_state(folder: Path) -> tuple[dict[str, Any], str]:
         return {}, f"{type(error).__name__}: {error}"
 
 
-def cut_back(root: Path, step: int) -> None:
+def cut_back(trainer: GRPOTrainer) -> None:
     """Drop from a run's record what came after the checkpoint, a torn last line included. Nothing
-    is kept where the run starts over."""
+    is kept where the run starts over. Says which updates the record lacks."""
+    root, step, n = Path(str(trainer.args.output_dir)), trainer.step, trainer.args.num_iterations
     for path in (root / "metrics.jsonl", root / "completions.jsonl"):
         if path.exists():
             lines = path.read_bytes().split(b"\n")
@@ -210,6 +225,15 @@ def cut_back(root: Path, step: int) -> None:
             scratch = path.with_suffix(".tmp")
             scratch.write_bytes(b"".join(line + b"\n" for line in kept))
             os.replace(scratch, path)
+    if lost := sorted({*range(n, step + 1, n)} - recorded(root)):
+        what = f"lacks {len(lost)} of {step // n} lines, the first that of update {lost[0]}"
+        say(f"resume: {root / 'metrics.jsonl'} {what}")
+
+
+def recorded(root: Path) -> set[int]:
+    """The updates that a run's metrics are of; 0 for an evaluation before the first."""
+    path = root / "metrics.jsonl"
+    return {step_of(line) for line in path.read_bytes().split(b"\n")} if path.exists() else set()
 
 
 def step_of(line: bytes) -> int:

@@ -77,9 +77,9 @@ class RunConfig:
     log_tokens_steps: int | None = setting(
         None, "Every so many updates, record what they did to each token of these rows.", above=0)
     reward_timeout: float = setting(
-        600.0, "Seconds that a reward function may take for a batch.", above=0)
+        600.0, "Seconds that a reward function may take for a batch.", above=0, at_most=1e6)
     ddp_timeout: float = setting(
-        1800.0, "Seconds that one process waits for the others (torchrun).", above=0)
+        1800.0, "Seconds that one process waits for the others (torchrun).", above=0, at_most=1e6)
     fsdp: bool = setting(False, "Spread the frozen weights over the processes (FSDP2).")
     # fmt: on
 
@@ -220,7 +220,7 @@ class Parser(HfArgumentParser):
                 words.append(word)
                 continue
             try:
-                text = Path(word[1:]).read_text(encoding="utf-8", errors="surrogateescape")
+                text = Path(word[1:]).read_text(encoding="utf-8-sig", errors="surrogateescape")
                 words += self._read_args_from_files(shlex.split(text))
             except RecursionError:
                 raise ValueError(f"{word}: not a file of settings: it names itself") from None
@@ -352,6 +352,8 @@ class Row(dict[str, Any]):
 LOOKS_LIKE = [  # how a file that is not JSONL begins, what it is, and how to make JSONL of it
     (b"\x1f\x8b", "gzip", "gunzip it"),
     (b"PAR1", "parquet", "pandas.read_parquet(FILE).to_json(NEW, orient='records', lines=True)"),
+    (b"\xff\xfe", "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+    (b"\xfe\xff", "UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
     (b"[", "a JSON array", "pandas.read_json(FILE).to_json(NEW, orient='records', lines=True)"),
 ]
 
@@ -582,7 +584,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(str(trainer.args.output_dir))
     say(f"writing to {folder}/")
     try:
-        if trainer.rank == 0 and not (run.resume and (folder / "settings.args").exists()):
+        for callback in trainer.callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.begin(trainer)  # a run that is not to be resumed is refused before this:
+        if trainer.rank == 0:
             write_settings(folder / "settings.args", run, lora, trainer.args)
         with memory_advice(), peers_answer():
             trainer.train()
