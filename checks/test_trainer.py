@@ -447,6 +447,7 @@ def test_a_trainer_that_cannot_work_says_so():
         ({"loss_type": "dapoo"}, "loss_type: 'dapoo' is unknown, did you mean 'dapo'"),
         ({"merge_half_precision": True}, "merge_half_precision: needs sampler_correction"),
         ({"epsilon": 1.5}, "epsilon = 1.5: at most 1"),
+        ({"loss_type": "cispo"}, "epsilon_high: cispo needs its cap on the ratio"),
         ({"loss_type": "sapo", "delta": 2.0}, "delta: has no meaning with loss_type 'sapo'"),
         ({"scale_rewards": "grup"}, "scale_rewards: 'grup' is unknown"),
         ({"lr_scheduler_type": "step"}, "lr_scheduler_type: 'step' is unknown"),
@@ -477,7 +478,49 @@ def test_a_reward_that_nothing_goes_by_is_refused_with_all_that_there_are():
     assert rewards.reward_function("accuracy_reward") is rewards.accuracy_reward
 
 
+def test_what_is_reported_of_an_update_by_hand():
+    tenth = lambda completions, **columns: [None, 0.1, 0.3, 0.2] * (len(completions) // 4)
+    t = trainer(reward=tenth, loss_type="luspo", per_device_train_batch_size=4)
+    t.train(until=1)
+    metrics = t.train()
+    assert metrics["step"] == 2 and metrics["epoch"] == 2 * 4 / len(ROWS)
+    assert 0 < metrics["step_time"] < 600
+    assert metrics["reward"] == pytest.approx(0.2, abs=1e-12)
+    # the group's mean is 0.2, its std 0.1: what has no reward has no advantage, and counts nowhere
+    A = [sample["advantage"] for sample in t.samples[:4]]
+    assert [0.0, *(pytest.approx(x / (0.1 + 1e-4), abs=1e-9) for x in (-0.1, 0.1, 0.0))] == A
+    assert len(t.last_batch[1]) == 4  # one group at a time
+    t = trainer()
+    lengths = [s["prompt_length"] + s["length"] for _ in (0, 1) for s in (update(t), t.samples)[1]]
+    assert t.tokens == sum(lengths)
+    with pytest.raises(ValueError, match="evaluate needs an eval_dataset"):
+        t.evaluate()
+
+
+def test_the_scale_of_the_loss_changes_no_bit_of_the_gradient(monkeypatch):
+    seen = []
+    for log2 in (math.log2, lambda x: 0.0, lambda x: 9.0):
+        monkeypatch.setattr(grpo_lora.math, "log2", log2)
+        t = trainer(with_adapters(tiny_model()))
+        update(t)
+        seen.append([p.grad for p in t.params.values()])
+    assert all(map(torch.equal, seen[0], seen[1])) and all(map(torch.equal, seen[0], seen[2]))
+
+
+def test_each_batch_has_a_seed_of_its_own_and_each_process_its_own_rows():
+    t, seeds = trainer(), set()
+    for index in range(200):
+        t.seed("update", index)
+        seeds.add((torch.initial_seed(), t.generator.initial_seed()))
+    assert len({a for a, _ in seeds}) == len({b for _, b in seeds}) == 200
+    t.world, shares = 3, []
+    for t.rank in range(3):
+        shares.append(t.share([1, 2, 3, 4]))
+    assert shares == [[1, 2], [3, 4], [4, 4]]
+
+
 def test_no_number_below_its_bound_is_taken():
+    GRPOConfig(epsilon=1.0)
     above_0 = "eval_steps temperature epsilon_high delta sapo_temperature_pos sapo_temperature_neg"
     above_0 += " opmd_tau top_entropy_quantile sampler_correction_clip_max max_grad_norm"
     above_0 += " off_policy_mask_threshold modules_to_save_learning_rate"
@@ -782,8 +825,9 @@ def test_a_prompt_that_ends_with_the_assistants_words_is_pointed_out():
 def test_the_first_token_of_the_vocabulary_may_stand_in_a_prompt():
     t = trainer()
     t.encode = lambda row: [0, 5, 6][: row["n"]]
-    mask = t.sample([{"n": 3}, {"n": 2}], 2).prompt_mask
-    assert mask.tolist() == [[True, True, True], [False, True, True]]
+    rollout = t.sample([{"n": 3}, {"n": 2}], 2)
+    assert rollout.prompt_mask.tolist() == [[True, True, True], [False, True, True]]
+    assert rollout.prompt_ids.tolist() == [[0, 5, 6], [t.pad_token_id, 0, 5]]
 
 
 def test_prompts_take_the_chat_template_the_system_prompt_or_neither():
