@@ -302,7 +302,8 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
      "n >= cache", "n > cache"): EDGE,
     ("return [0.0 if n <= 0 else -1.0 if n >= cache else -n / cache for n in over]",
      "n <= 0", "n < 0"): EDGE,
-    ("log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))",
+    ("log_ratio = (logps - old_logps)"
+     ".clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))",
      "80", "81"): "exp is finite in float32 there too",
     ('stats["cispo_clip_ratio"] = (ratio > high) & (A > 0)',
      "ratio > high", "ratio >= high"): EDGE,
