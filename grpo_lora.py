@@ -740,7 +740,7 @@ class GRPOTrainer:
         own, keys = lm.core.config.get_text_config(), ("max_position_embeddings", "rope_parameters")
         window, rope = (getattr(own, key, None) for key in keys)
         if (rope or {}).get("rope_type") == "longrope":  # beyond it all rows get other frequencies
-            window = rope["original_max_position_embeddings"]
+            window = rope["original_max_position_embeddings"]  # type: ignore[index]
         room = (window or math.inf) - args.max_completion_length
         for rows in (train_dataset, *([] if eval_dataset is None else [eval_dataset])):
             check_dataset(rows, self.reward_funcs, self.encode, room, vocabulary)

@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -239,7 +240,7 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
 def make_adapters(model: Any, config: LoRAConfig, strict: bool = True) -> Adapters:
     """The adapters that a config asks for, by module name. The model is not changed yet. strict:
     every name in the config must match a module. (PEFT is content if one does.)"""
-    modules, select = dict(model.named_modules()), lambda *args: _select(*args, strict=strict)
+    modules, select = dict(model.named_modules()), partial(_select, strict=strict)
     if any(isinstance(module, _Switchable) for module in modules.values()):
         raise ValueError("the model already carries a LoRA adapter: merge_and_unload it first")
     named = select(modules, config.modules_to_save or [], str.endswith, "modules_to_save: none")

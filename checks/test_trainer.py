@@ -15,12 +15,15 @@ import json
 import math
 import re
 import sys
+import time
 import types
 import warnings
 
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
@@ -37,7 +40,7 @@ from lora import (
     lora_disabled,
     save_lora,
 )
-from rewards import RewardError
+from rewards import REWARDS, RewardError, answers_match
 from runner import fast
 from test_math import Toy, toy
 from test_training import (
@@ -570,6 +573,58 @@ def test_a_record_is_of_one_run_and_one_share_of_groups_is_dead(tmp_path):
 
 
 # -------------------------------------------------------------------------------- reward functions
+
+HOSTILE = [
+    r"\boxed{", "{", "<answer>", "</answer>", "<think>", r"\text{", r"\frac{", "####", "1,", "9",
+    "\u202e", "- ", "\\", "e9", "$", "\ud800", "\n", "Step 1:", "x=", "1 ", "½", "١",
+]  # fmt: skip
+texts = st.one_of(
+    st.text(max_size=60),
+    st.lists(
+        st.sampled_from([*HOSTILE, "}", "%", "/", ".", ",", "</think>", "First,", "a"]), max_size=30
+    ).map("".join),
+)
+RANGES = {
+    "accuracy": (0, 1), "format": (0, 1), "tag_count": (0, 1), "reasoning_steps": (0, 1),
+    "length": (-0.5, 0.5), "cosine": (-1, 1), "repetition_penalty": (-1, 0),
+    "soft_overlong_penalty": (-1, 0),
+}  # fmt: skip
+
+
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
+def test_rewards_are_total_deterministic_and_in_range(pairs):
+    completions, golds = [c for c, _ in pairs], [g for _, g in pairs]
+    chat = [[{"role": "assistant", "content": c}] for c in completions]
+    for name, (low, high) in RANGES.items():
+        reward = REWARDS[name]
+        scores = reward(prompts=["p"] * len(pairs), completions=completions, answer=golds)
+        assert scores == reward(prompts=["p"] * len(pairs), completions=chat, answer=golds)
+        assert len(scores) == len(pairs) and all(s is None or low <= s <= high for s in scores)
+    for text in completions:
+        assert answers_match(text, text)  # reflexive on anything
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_rewards_take_time_linear_in_the_text(piece):
+    text = piece * (100_000 // len(piece))
+    start = time.process_time()
+    for name in RANGES:
+        REWARDS[name](prompts=["p"], completions=[text], answer=[text])
+    assert answers_match(text[:1000], text[1:1001]) in (True, False)
+    # some 0.3 s where this was written; quadratic would be minutes
+    assert time.process_time() - start < 5.0
+
+
+def test_the_layout_of_many_repeated_tags_is_refused_at_once():
+    text, start = "<think>" + "</think><answer></answer>" * 12_000 + "x", time.process_time()
+    assert REWARDS["format"](prompts=["p"], completions=[text]) == [0.0]
+    assert time.process_time() - start < 1.0  # a regular expression alone backtracks for 8 s
+
+
+def test_a_long_fraction_that_is_none_is_refused_at_once():
+    start = time.process_time()
+    assert not answers_match("1" * 300 + "/" + "1" * 300 + "!", "5")
+    assert time.process_time() - start < 1.0  # a pattern that gives digits back takes 4 s
 
 
 async def slow_reward(completions, **columns):
