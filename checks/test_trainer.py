@@ -259,6 +259,12 @@ def test_the_default_learning_rate_follows_width_alpha_and_method():
     assert grpo_lora.default_learning_rate(tiny_model()) == pytest.approx(
         rate(lora_alpha=32) / 10, rel=0.05
     )
+    half = tiny_model()  # trained without adapters of ours: as peft's, if it is less than half
+    for name, p in half.named_parameters():
+        p.requires_grad_("layers.0" in name)
+    few = sum(p.numel() for p in half.parameters() if p.requires_grad)
+    assert few * 3 > sum(p.numel() for p in half.parameters()) > few * 2
+    assert grpo_lora.default_learning_rate(half) == rate(lora_alpha=32)
     t = trainer(learning_rate=None)
     assert t.args.learning_rate == t.optimizer.param_groups[0]["lr"] == rate()
     model = tiny_model(config=GPT2Config, n_embd=32, n_layer=1, n_head=4, n_positions=64)
@@ -378,7 +384,23 @@ def test_a_small_alpha_and_a_rank_of_one_will_do():
 PROSE = "Natalia sold 24 clips in May. Altogether she sold 72 clips in April and May."
 
 
-def test_a_trainer_that_cannot_work_says_so():
+def test_a_module_that_only_holds_dropouts_drops_nothing():
+    model = with_adapters(tiny_model())
+    model.add_module("lora_dropout", nn.ModuleDict())  # as peft has it
+    assert trainer(model, num_iterations=2).args.num_iterations == 2
+
+
+def test_a_line_of_json_has_null_for_what_json_lacks_and_text_for_what_else():
+    value = {"a": math.nan, "b": [-math.inf, 1.5], "c": torch.device("cpu")}
+    assert grpo_lora.to_json(value) == '{"a": null, "b": [null, 1.5], "c": "cpu"}'
+
+
+def test_a_trainer_that_cannot_work_says_so(monkeypatch):
+    def of_three():
+        with monkeypatch.context() as patch:
+            patch.setattr(grpo_lora, "rank_and_world", lambda: (0, 3))
+            trainer()
+
     for words, make in [
         ("no trainable parameter", lambda: trainer(tiny_model().requires_grad_(False))),
         (
@@ -386,6 +408,22 @@ def test_a_trainer_that_cannot_work_says_so():
             lambda: trainer(with_adapters(tiny_model(), lora_dropout=0.1), num_iterations=2),
         ),
         ("reward_weights", lambda: trainer(reward_weights=[1.0, 2.0])),
+        (
+            "the model comes from no folder; pass its tokenizer",
+            lambda: GRPOTrainer(with_adapters(tiny_model()), digits, GRPOConfig(), ROWS),
+        ),
+        (
+            "no completion could end",
+            lambda: GRPOTrainer(
+                with_adapters(tiny_model(eos_token_id=None)),
+                digits,
+                GRPOConfig(),
+                ROWS,
+                processing_class=types.SimpleNamespace(eos_token_id=None),
+            ),
+        ),
+        ("output_dir: a record needs a folder", lambda: grpo_lora.Record().begin(trainer())),
+        ("prompts_per_step = 4: must be a multiple of the 3 processes", of_three),
         ("at least one reward", lambda: trainer(reward=[])),
         ("row 1: 'prompt'", lambda: trainer(rows=[ROWS[0], {"answer": "3"}])),
         (
@@ -493,6 +531,16 @@ def test_what_is_reported_of_an_update_by_hand():
     A = [sample["advantage"] for sample in t.samples[:4]]
     assert [0.0, *(pytest.approx(x / (0.1 + 1e-4), abs=1e-9) for x in (-0.1, 0.1, 0.0))] == A
     assert len(t.last_batch[1]) == 4  # one group at a time
+    assert [sample["group"] for sample in t.samples] == [i // 4 for i in range(16)]
+    ended = [sample["length"] for sample in t.samples if sample["ended"]]
+    assert metrics["completions/clipped_ratio"] == 1 - len(ended) / 16 and 0 < len(ended) < 16
+    mean = sum(ended) / len(ended)
+    assert metrics["completions/mean_terminated_length"] == pytest.approx(mean, rel=1e-6)
+    t = trainer()
+    t.eos_token_ids = [VOCAB + 1]  # nothing ends
+    metrics = update(t)
+    assert metrics["completions/clipped_ratio"] == 1
+    assert metrics["completions/max_terminated_length"] == 0
     t = trainer()
     lengths = [s["prompt_length"] + s["length"] for _ in (0, 1) for s in (update(t), t.samples)[1]]
     assert t.tokens == sum(lengths)
@@ -562,11 +610,15 @@ def test_a_record_is_of_one_run_and_one_share_of_groups_is_dead(tmp_path):
     ]
     t = trainer(reward=only_first, output_dir=str(tmp_path / "a" / "run"), max_steps=1)
     assert t.train()["frac_reward_zero_std"] == 0.75
+    assert (tmp_path / "a/run/completions.jsonl").read_text().count("\n") == 8
     with pytest.raises(ValueError, match=r"output_dir: .*run holds another run; name a new"):
         trainer(output_dir=str(tmp_path / "a" / "run")).train()
     weights = [0.1, 0.7]
     assert trainer(reward=[digits] * 2, reward_weights=weights).reward_weights.tolist() == weights
     rollout = sample(t.model, *prompts(), eos_token_ids=range(0, VOCAB, 3))
+    masks = torch.tensor([[True] * 5, [False] * 3 + [True] * 2, [False] * 2 + [True] * 3])
+    three = Rollout(masks.long(), masks, masks.long(), masks, masks.float())
+    assert three.select([2, 1]).prompt_ids.tolist() == [[1, 1, 1], [0, 1, 1]]
     for p in (0, 1):
         part = rollout.select([p])
         assert part.completion_ids.shape[1] == part.completion_mask.sum(dim=1).max()
@@ -702,6 +754,13 @@ def test_what_rewards_log_is_a_mean_over_the_evaluation_and_must_fit():
 
     t = trainer(reward=counts, eval_rows=ROWS[:5], prompts_per_step=1, num_generations=2)
     assert t.evaluate()["eval_rows"] == pytest.approx((2 + 2 + 1) / 3)
+    assert t.evaluate()["eval_rows"] == pytest.approx((2 + 2 + 1) / 3) and not t.reward_metrics
+    once = lambda log_metric, completions, trainer_state, **columns: (
+        log_metric("step", trainer_state.global_step) or [0.0] * len(completions)
+    )
+    t = trainer(reward=once, rows=ROWS)
+    t.reward_names = ["a"]
+    assert [update(t)["step"], update(t, 1)["step"]] == [0.0, 1.0]
     with pytest.raises(RewardError, match="log_extra"):
         update(trainer(reward=lambda **c: counts(c.pop("completions"), **c | {"fits": False})))
 
