@@ -1160,7 +1160,7 @@ def check_causal(core: Any, peft_config: dict[str, Any]) -> None:
         problem = "is an encoder-decoder"
     if getattr(config.get_text_config(), "use_bidirectional_attention", False) in (True, "all"):
         problem = "attends to later tokens"
-    if core.get_output_embeddings() is None:
+    if not core.can_generate():
         problem = "has no head for the next token: load it by AutoModelForCausalLM"
     if problem:
         raise ValueError(f"{type(core).__name__} {problem}; a causal decoder is needed")
