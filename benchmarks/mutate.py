@@ -315,6 +315,9 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
     ("log_ratio = (logps - old_logps)"
      ".clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))",
      "80", "81"): "exp is finite in float32 there too",
+    ("log_ratio = (logps - old_logps)"
+     ".clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))",
+     "1", "2"): "exp is finite in float16 there too",
     ('stats["cispo_clip_ratio"] = (ratio > high) & (A > 0)',
      "ratio > high", "ratio >= high"): EDGE,
     ("tau = torch.full_like(A, sapo_temperature_neg).masked_fill(A > 0, sapo_temperature_pos)",

@@ -109,7 +109,7 @@ def test_models_that_cannot_be_right_are_refused():
         (lambda c, t: c.update(layers_to_transform=[0]), "layers_to_transform"),
         (lambda c, t: c.update(target_parameters=["experts"]), "target_parameters"),
         (lambda c, t: c.update(bias="all"), "bias"),
-        (lambda c, t: c.update(target_modules=["nope"]), "nope"),
+        (lambda c, t: c.update(target_modules=["nope"]), "no linear layer matches 'nope'"),
     ],
 )
 def test_an_adapter_file_that_does_not_fit_is_refused_by_name(damage, words, tmp_path):
@@ -480,6 +480,7 @@ def test_a_trainer_that_cannot_work_says_so(monkeypatch):
         ({"prompts_per_step": 2.0}, "prompts_per_step = 2.0: must be a whole number"),
         ({"max_steps": -1}, "max_steps = -1: must be a whole number at least 0"),
         ({"temperature": 0.0}, "temperature = 0.0: must be a finite number above 0"),
+        ({"seed": 2**32}, "seed = 4294967296: must be a whole number at least 0 and at most 42"),
         (
             {"top_entropy_quantile": 1.5},
             "top_entropy_quantile = 1.5: must be a finite number above 0 and at most 1",
@@ -571,7 +572,7 @@ def test_each_batch_has_a_seed_of_its_own_and_each_process_its_own_rows():
 
 
 def test_no_number_below_its_bound_is_taken():
-    GRPOConfig(epsilon=1.0)
+    GRPOConfig(epsilon=1.0, seed=2**32 - 1)
     above_0 = "eval_steps temperature epsilon_high delta sapo_temperature_pos sapo_temperature_neg"
     above_0 += " opmd_tau top_entropy_quantile sampler_correction_clip_max max_grad_norm"
     above_0 += " off_policy_mask_threshold modules_to_save_learning_rate"
