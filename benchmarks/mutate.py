@@ -27,7 +27,9 @@ import ast
 import collections
 import contextlib
 import copy
+import itertools
 import json
+import math
 import os
 import resource
 import select
@@ -591,7 +593,9 @@ class MutationTesting(Reports):
             tests = [test for test in tests if reach(test, mutant.lines)]
         first = {name for name, _ in killers.most_common(3)}
         far = lambda test: (test.item.name not in first, not reach(test, mutant.body), test.seconds)
-        return sorted(tests, key=far)
+        tests = sorted(tests, key=far)
+        ends = itertools.accumulate(test.seconds for test in tests)
+        return [test for test, end in zip(tests, ends, strict=True) if end < self.options.seconds]
 
     def start(self, mutant: Mutant, tests: list[Test]) -> "Running":
         read, write = os.pipe()
@@ -730,6 +734,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="judge every N-th mutant")
     parser.add_argument("--only", nargs="*", choices=JUDGED, default=list(JUDGED))
     parser.add_argument("--workers", type=int, default=2)
+    text = "give up on a mutant after tests that take so long together"
+    parser.add_argument("--seconds", type=float, default=math.inf, help=text)
     parser.add_argument("-k", default="", help="judge by tests of these names alone, as in pytest")
     parser.add_argument("--resume", action="store_true", help="judge those not judged yet")
     parser.add_argument("--again", action="store_true", help="judge survivors without a reason")
