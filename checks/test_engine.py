@@ -3,7 +3,9 @@
 import contextlib
 import inspect
 import math
+import os
 from collections import defaultdict
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grpo_lora
 from checks.test_families import FAMILIES, IDLE, family_model
 from grpo_lora import GAP, CausalLM
-from lora import LoRAConfig, LoRALinear, apply_lora, lora_merged
+from lora import LoRAConfig, LoRALinear, apply_lora, lora_disabled, lora_merged
 from runner import fast
 from test_training import (
     adapters_of,
@@ -478,3 +480,49 @@ def test_an_update_is_the_same_with_each_engine(engine):
         torch.testing.assert_close(weights[name], other_weights[name], atol=1e-4, rtol=1e-4)
     for name in metrics.keys() - {GAP}:
         assert metrics[name] == pytest.approx(others[name], rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_malloc_is_told_to_keep_memory_and_attention_to_share_keys(monkeypatch):
+    told, share = [], "TRANSFORMERS_SDPA_FORCE_GQA"
+    libc = SimpleNamespace(mallopt=lambda option, size: told.append((option, size)))
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda name: libc)
+    for platform, gpu in (("linux", False), ("darwin", True)):
+        monkeypatch.setenv(share, "")
+        monkeypatch.delenv(share)
+        monkeypatch.setattr(fast.sys, "platform", platform)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        fast.prepare.__wrapped__()
+        assert os.environ[share] == ("0" if gpu else "1")
+        # M_TRIM_THRESHOLD at its largest, and M_MMAP_THRESHOLD of 32 MiB
+        assert told == ([(-1, 2**31 - 1), (-3, 2**25)] if platform == "linux" else [])
+        told.clear()
+
+
+def test_packed_weights_keep_the_bias_and_leave_a_layer_that_is_off():
+    torch.manual_seed(0)
+    model = apply_lora(nn.ModuleDict({"up": nn.Linear(48, 64)}), LoRAConfig(r=2, lora_alpha=8))
+    nn.init.normal_(model["up"].lora_B.weight)
+    x, held = torch.randn(3, 48), lambda: "forward" in vars(model["up"])
+    with fast.packed(model):
+        assert not held()
+    with lora_merged(model):
+        on = model["up"](x)
+        with fast.packed(model):
+            assert held()
+            torch.testing.assert_close(model["up"](x), on)
+        assert not held()
+        with lora_disabled(model):
+            off = model["up"](x)
+            with fast.packed(model):
+                assert not held() and torch.equal(model["up"](x), off)
+
+
+def test_a_head_that_alone_is_trained_gets_its_gradient():
+    found = []
+    for engine in (grpo_lora, fast):
+        model = with_adapters(tiny_model(), target_modules=["lm_head"])
+        rollout = sample(model, *prompts(), eos_token_ids=[])
+        logps, _ = engine.completion_logps(model, rollout, temperature=1.0)
+        logps.sum().backward()
+        found.append(model.lm_head.lora_B.weight.grad)
+    torch.testing.assert_close(*found)

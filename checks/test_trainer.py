@@ -450,9 +450,9 @@ def test_a_trainer_that_cannot_work_says_so(monkeypatch):
             lambda: GRPOTrainer("some/model", digits, GRPOConfig(), ROWS),
         ),
         (
-            "row 0: token 10 is beyond the model's 8 embeddings",
+            "row 0: token 10 is beyond the model's 10 embeddings",
             lambda: trainer(
-                with_adapters(tiny_model(vocab_size=8)),
+                with_adapters(tiny_model(vocab_size=10)),
                 rows=[{"prompt": [{"role": "user", "content": "1"}]}],
             ),
         ),
