@@ -401,7 +401,14 @@ def test_math_verify_is_trls_accuracy_reward(monkeypatch):
 
     golds = [r"\frac{1}{3}", "72", r"so it is \boxed{(1,2)}", "no number", "$x^2+2x+1$", "0.5"]
     answers = [r"\boxed{1/3}", r"\boxed{72}", "72", r"\boxed{(1, 2)}", r"\boxed{(x+1)^2}", ""]
-    answers += [r"\boxed{\frac{1}{2}}", r"\boxed{50\%}", r"$\frac{2}{6}$"]
+    answers += [r"\boxed{\frac{1}{2}}", r"\boxed{50\%}", r"$\frac{2}{6}$", "$x = 72$"]
+    answers += [
+        r"$71$, or \boxed{72}",
+        r"$71$, then $72$",
+        r"\boxed{72\text{ cm}}",
+        "$72$, or $71$",
+    ]
+    golds += ["$x = 72$", r"$72\text{ cm}$"]
     pairs = [(answer, gold) for answer in answers for gold in golds]
     chats = [[{"role": "assistant", "content": answer}] for answer, _ in pairs]
     expected = theirs(chats, solution=[gold for _, gold in pairs])

@@ -264,7 +264,9 @@ def test_the_default_learning_rate_follows_width_alpha_and_method():
         p.requires_grad_("layers.0" in name)
     few = sum(p.numel() for p in half.parameters() if p.requires_grad)
     assert few * 3 > sum(p.numel() for p in half.parameters()) > few * 2
-    assert grpo_lora.default_learning_rate(half) == rate(lora_alpha=32)
+    for width in (32, 64, 96, 160):
+        half.config.hidden_size = width
+        assert grpo_lora.default_learning_rate(half) == rate(width=width, lora_alpha=32)
     t = trainer(learning_rate=None)
     assert t.args.learning_rate == t.optimizer.param_groups[0]["lr"] == rate()
     model = tiny_model(config=GPT2Config, n_embd=32, n_layer=1, n_head=4, n_positions=64)
@@ -272,6 +274,13 @@ def test_the_default_learning_rate_follows_width_alpha_and_method():
     model.config.attribute_map = names  # its width has another name
     with pytest.raises(ValueError, match="learning_rate: give one"):
         grpo_lora.default_learning_rate(model)
+
+
+def test_a_token_of_a_probability_that_float32_cannot_add_has_its_share():
+    log_probs = torch.tensor([[0.5, 1e-9, 0.5]]).log()
+    p = log_probs.exp().double()
+    middle = (p[0, 0] + p[0, 1] / 2) / p.sum()
+    assert grpo_lora.draw_tokens(log_probs, middle.unsqueeze(0)).tolist() == [1]
 
 
 def test_tokens_are_drawn_in_float32_where_there_is_no_float64(monkeypatch):
@@ -518,6 +527,13 @@ def test_a_reward_that_nothing_goes_by_is_refused_with_all_that_there_are():
     with pytest.raises(ValueError, match=r"rewards: 'acuracy' is unknown \(all: accuracy, math_v"):
         rewards.reward_function("acuracy")
     assert rewards.reward_function("accuracy_reward") is rewards.accuracy_reward
+
+
+def test_a_trainer_takes_over_the_reference_of_another():
+    one, other = (trainer(with_adapters(tiny_model(), seed=seed), beta=0.1) for seed in (1, 2))
+    other.load_state_dict(one.state_dict())
+    for name, tensor in one.reference.tensors.items():
+        assert torch.equal(tensor, other.reference.tensors[name])
 
 
 def test_what_is_reported_of_an_update_by_hand():
