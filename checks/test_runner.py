@@ -476,11 +476,59 @@ def test_a_run_may_be_made_longer_where_its_learning_rates_stay(tmp_path):
 
 
 def test_a_run_that_ended_without_a_checkpoint_is_not_written_over(tmp_path):
-    run(tmp_path, max_steps=2, save_steps=0)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(checkpoints.ResumeError, match="holds the adapter of a run that ended"):
-        run(tmp_path, max_steps=2, save_steps=0, resume=True)
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run(tmp_path, max_steps=1, save_steps=0)
+    for name in ("nothing", "metrics.jsonl"):  # is lost
+        (tmp_path / name).unlink(missing_ok=True)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(checkpoints.ResumeError, match="holds the adapter of a run that ended"):
+            run(tmp_path, max_steps=1, save_steps=0, resume=True)
+        assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("held", ["metrics.jsonl", "adapter", "summary.json", "checkpoint-3"])
+def test_a_folder_that_holds_a_run_is_not_written_to_unless_it_is_resumed(held, tmp_path):
+    (tmp_path / held).mkdir()
+    with pytest.raises(ValueError, match=rf"holds another run \({held}\); resume it or name a new"):
+        run_trainer(max_steps=1, output_dir=str(tmp_path), save_steps=1).train()
+    assert [path.name for path in tmp_path.iterdir()] == [held]
+
+
+def test_a_checkpoint_is_whole_is_made_at_the_end_and_keeps_nothing_of_a_torn_one(tmp_path):
+    (tmp_path / ".checkpoint-3.tmp/torn").mkdir(parents=True)
+    run(tmp_path, max_steps=3)
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+    last = tmp_path / "checkpoint-3"
+    files = {path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file()}
+    weights = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert files == weights | {"state.json", "trainer.pt"}
+
+
+def test_a_checkpoint_that_cannot_be_begun_says_why(tmp_path, monkeypatch):
+    t = run_trainer(max_steps=1, output_dir=str(tmp_path), save_steps=1)
+    original = Path.mkdir
+
+    def mkdir(path, *args, **options):
+        if path.name.endswith(".tmp"):
+            raise OSError("no room")
+        original(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(OSError, match="checkpoint-1 could not be written: no room"):
+        t.train()
+
+
+def test_a_base_model_is_told_by_a_sample_of_each_tensor_its_name_and_its_dtype():
+    W = torch.arange(320.0)
+    seen = {checkpoints.fingerprint([("W", W)]), checkpoints.fingerprint([("V", W)])}
+    seen |= {checkpoints.fingerprint([("W", W.double())]), checkpoints.fingerprint([])}
+    for place in (0, 110, 319 // 11 * 11):  # one in 11 is looked at
+        other = W.clone()
+        other[place] += 0.5
+        seen.add(checkpoints.fingerprint([("W", other)]))
+    assert len(seen) == 7
 
 
 def test_lines_that_the_record_lacks_are_named_when_a_run_is_resumed(tmp_path, capsys):
@@ -489,14 +537,19 @@ def test_lines_that_the_record_lacks_are_named_when_a_run_is_resumed(tmp_path, c
     assert "lacks" not in capsys.readouterr().err
     path = tmp_path / "metrics.jsonl"
     whole = path.read_text()
-    path.write_text("".join(line for line in whole.splitlines(True) if '"step": 3,' not in line))
-    run(tmp_path, resume=True, max_steps=6)
-    assert "metrics.jsonl lacks 1 of 5 lines, the first that of update 3" in capsys.readouterr().err
+    for lost, steps in ((3, 5), (5, 6)):
+        kept = [line for line in whole.splitlines(True) if f'"step": {lost},' not in line]
+        path.write_text("".join(kept))
+        run(tmp_path, resume=True, max_steps=steps)
+        said = capsys.readouterr().err
+        assert f"metrics.jsonl lacks 1 of 5 lines, the first that of update {lost}" in said
 
 
 def test_what_json_lacks_is_the_same_text_in_every_process():
     assert checkpoints.as_text({"b", "a"}) == ["'a'", "'b'"]
     assert checkpoints.as_text(run) == "run" and checkpoints.as_text(Path("a")) == "a"
+    rows = [ROWS[0] | {"allowed": {"b", "a"}, "check": run}]
+    assert checkpoints.identity(run_trainer(rows=rows))["train data"]
 
 
 def test_old_checkpoints_go_and_a_full_disk_leaves_the_rest(tmp_path):
@@ -779,6 +832,10 @@ def test_a_checkpoint_needs_no_folder_that_can_be_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", windows)
     run_trainer(output_dir=str(tmp_path), save_steps=1).train()
     assert len(checkpoints.checkpoints(tmp_path)) == 2
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)  # what can be opened must be
+    monkeypatch.setattr(os, "open", mock.Mock(side_effect=PermissionError("no")))
+    with pytest.raises(PermissionError):
+        checkpoints.fsync(tmp_path)
 
 
 def test_a_terminal_without_a_letter_does_not_end_the_run(model_dir, data, tmp_path):
