@@ -115,7 +115,9 @@ def start(name, *more):
     process = os.fork()
     if process == 0:
         os.dup2(os.open(f"{folder}/{name}.out", os.O_WRONLY | os.O_CREAT), 1), os.dup2(1, 2)
-        os._exit(cli.main([*command, "--output_dir", f"{folder}/{name}", *more]))
+        status = cli.main([*command, "--output_dir", f"{folder}/{name}", *more])
+        sys.stdout.flush()
+        os._exit(status)
     return process
 
 begun = time.monotonic()
