@@ -251,6 +251,19 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
     ('if (root / "adapter").exists() and max(recorded(root), default=1) > 0:',
      "1", "2"): "any number above 0",
     ("return -1", "1", "2"): "any negative number",
+    ("latex = LatexExtractionConfig(False, 0, NormalizationConfig(units=True))",
+     "0", "1"): "either is before all others",
+    ("return DynamicCache(config=self.core.config)", "config=self.core.config", "dropped"):
+        "only the memory: masks keep to a window too",
+    ("result = self.core(input_ids=ids, use_cache=False)",
+     "input_ids=ids", "dropped"): "tokens nobody looks at, in any family that is tested",
+    ('if masked_lm and getattr(config, "is_decoder", True) is False:',
+     "True", "False"): "the configs of masked models have it",
+    ("scratch.mkdir(parents=True)", "scratch.mkdir(parents=True)", "pass"):
+        "save_lora makes it too",
+    ('read = lambda text: parse(text, [latex], extraction_mode="first_match", parsing_timeout=limit)',
+     "extraction_mode='first_match'", "dropped"):
+        "as TRL has it; no text was found that it reads otherwise",
     ("drop_below = 1.0", "1.0", "2.0"): "only the speed: all rows are then selected",
     ('self.cache_name = next((name for name in names if name in accepted), "")',
      "name in accepted", "name not in accepted"): "transformers 5.24 still takes the other name",

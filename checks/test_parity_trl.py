@@ -408,7 +408,8 @@ def test_math_verify_is_trls_accuracy_reward(monkeypatch):
         r"\boxed{72\text{ cm}}",
         "$72$, or $71$",
     ]
-    golds += ["$x = 72$", r"$72\text{ cm}$"]
+    answers += [r"\boxed{)} or $72$", r"\boxed{1 < x < 2}"]
+    golds += ["$x = 72$", r"$72\text{ cm}$", "$1 < x < 2$"]
     pairs = [(answer, gold) for answer in answers for gold in golds]
     chats = [[{"role": "assistant", "content": answer}] for answer, _ in pairs]
     expected = theirs(chats, solution=[gold for _, gold in pairs])
