@@ -261,8 +261,8 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
      "True", "False"): "the configs of masked models have it",
     ("scratch.mkdir(parents=True)", "scratch.mkdir(parents=True)", "pass"):
         "save_lora makes it too",
-    ('read = lambda text: parse(text, [latex], extraction_mode="first_match", parsing_timeout=limit)',
-     "extraction_mode='first_match'", "dropped"):
+    ('read = lambda text: parse(text, [latex], extraction_mode="first_match", '
+     "parsing_timeout=limit)", "extraction_mode='first_match'", "dropped"):
         "as TRL has it; no text was found that it reads otherwise",
     ("drop_below = 1.0", "1.0", "2.0"): "only the speed: all rows are then selected",
     ('self.cache_name = next((name for name in names if name in accepted), "")',
