@@ -584,12 +584,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(str(trainer.args.output_dir))
     say(f"writing to {folder}/")
     try:
-        for callback in trainer.callbacks:
-            if isinstance(callback, Checkpoints):
-                callback.begin(trainer)  # a run that is not to be resumed is refused before this:
-        if trainer.rank == 0:
-            write_settings(folder / "settings.args", run, lora, trainer.args)
         with memory_advice(), peers_answer():
+            for callback in trainer.callbacks:
+                if isinstance(callback, Checkpoints):  # refuses another run, whose settings stay
+                    callback.begin(trainer)
+            if trainer.rank == 0:
+                write_settings(folder / "settings.args", run, lora, trainer.args)
             trainer.train()
         if trainer.rank == 0:
             if trainer.stop and trainer.step < trainer.args.max_steps:
