@@ -47,7 +47,7 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
 # fmt: off
 @dataclass
 class LoRAConfig:
-    """What to adapt and how. Names, meanings and defaults are PEFT's (its target_modules: None)."""
+    """What to adapt and how. Names, meanings and defaults are PEFT's (but for target_modules)."""
 
     r: int = setting(8, "Rank of the update B A.", at_least=1)
     lora_alpha: float = setting(8, "The update is scaled by s = lora_alpha / r.", above=0)
@@ -71,7 +71,7 @@ class LoRAConfig:
         targets = [self.target_modules] if isinstance(self.target_modules, str) else []
         for pattern in [*targets, *self.rank_pattern, *self.alpha_pattern]:
             with naming(f"{pattern!r} is not a regular expression", re.error):
-                re.compile(pattern)
+                re.compile(pattern if pattern in targets else f"({pattern})")  # as _by_pattern does
 
 
 # ----------------------------------------------------------------------------------------- layers
@@ -96,7 +96,7 @@ class LoRALinear(_Switchable):
     x (..., in) -> y (..., out). A (r, in) ~ U(±1/√in), B (out, r) = 0. The base layer is never
     written to. Adapters are float32 on a half-precision base (float64 on a float64 one).
 
-    DoRA (Liu et al. 2024, eq. 5) trains the length m (out,) of each output row by itself. m starts
+    DoRA (Liu et al. 2024, eq. 5) trains the length m (out,) of each output row separately. m starts
     as n = ‖W + s·B A‖, the rows' present lengths. n gets no gradient:
 
         y = base(x) + (m/n - 1)(base(x) - bias) + (m/n) s·B(A(x))
@@ -113,15 +113,14 @@ class LoRALinear(_Switchable):
         self.base_layer = base
         self.transposed = isinstance(base, Conv1D)
         self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        names = ("nx", "nf") if self.transposed else ("in_features", "out_features")
-        in_features, out_features = (getattr(base, name) for name in names)
+        sizes = (base.nx, base.nf) if self.transposed else (base.in_features, base.out_features)
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         options: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": dtype}
         self.lora_dropout = nn.Dropout(config.lora_dropout)
-        self.lora_A = nn.Linear(in_features, r, **options)
-        self.lora_B = nn.Linear(r, out_features, **options)
+        self.lora_A = nn.Linear(sizes[0], r, **options)
+        self.lora_B = nn.Linear(r, sizes[1], **options)
         self.lora_magnitude_vector: Any = None  # DoRA's m
-        self.residual: Tensor | None  # PiSSA: what stands in for W while the adapter is on
+        self.residual: Tensor | None  # PiSSA: W less the first s·B A, while on
         self.register_buffer("residual", None, persistent=False)
         self.merged: Tensor | None = None  # (out, in), within lora_merged
         with torch.no_grad():
@@ -154,7 +153,7 @@ class LoRALinear(_Switchable):
         return dense_weight(self.base_layer) if self.residual is None else self.residual
 
     def _norm(self) -> Tensor:
-        """DoRA's n (out,): ‖W + s·B A‖ per output row, in PEFT's order of operations."""
+        """DoRA's n (out,): ‖W + s·B A‖ per output row, in PEFT's order, so rounding agrees."""
         delta = self.lora_B(self.lora_A.weight.T).T
         return torch.linalg.norm(self._frozen().to(delta.dtype) + self.scaling * delta, dim=1)
 
@@ -176,16 +175,15 @@ class LoRALinear(_Switchable):
         if self.merged is not None:
             return F.linear(x, self.merged.to(x.dtype), self.base_layer.bias)
         bias, residual = self.base_layer.bias, self.residual
-        result = self.base_layer(x) if residual is None else F.linear(x, residual, bias)
+        result = self.base_layer(x) if residual is None else F.linear(x, residual.to(x.dtype), bias)
         dropout = self.lora_dropout.training and self.lora_dropout.p > 0
         x_adapter = self.lora_dropout(x.to(self.lora_A.weight.dtype)) if dropout else x
         change = self.lora_B(self._down(x_adapter))
         if self.lora_magnitude_vector is None:  # in place: no third tensor of this size
             return change.mul_(self.scaling).add_(result).to(result.dtype)
-        if dropout:  # all of what DoRA adds sees the dropped inputs
+        plain = result if bias is None else result - bias
+        if dropout:  # which base(x) in what DoRA adds sees too
             plain = F.linear(x_adapter, self._frozen().to(x_adapter.dtype))
-        else:
-            plain = result if bias is None else result - bias
         ratio = self.lora_magnitude_vector / self._norm().detach()
         added = (ratio - 1) * plain + ratio * change * self.scaling  # in PEFT's order
         return (result + added).to(result.dtype)
@@ -198,13 +196,12 @@ def is_dense(base: Any) -> bool:
 
 @torch.no_grad()
 def dense_weight(base: Any) -> Tensor:
-    """(out, in): a linear layer's weight. Of a quantised one base(identity)ᵀ, less the bias: that
-    needs no library of quantisation."""
-    weight = base.weight
+    """(out, in): a linear layer's weight. A quantised one is found as base(identity)ᵀ less the
+    bias, which needs no library of quantisation."""
     if is_dense(base):
-        return weight.T if isinstance(base, Conv1D) else weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    parts = torch.arange(base.in_features, device=weight.device).split(1024)
+        return base.weight.T if isinstance(base, Conv1D) else base.weight
+    dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
+    parts = torch.arange(base.in_features, device=base.weight.device).split(1024)
     W = torch.cat([base(F.one_hot(i, base.in_features).to(dtype)) for i in parts])  # (in, out)
     return (W if base.bias is None else W - base.bias).T
 
@@ -246,11 +243,11 @@ def make_adapters(model: Any, config: LoRAConfig, strict: bool = True) -> Adapte
     named = select(modules, config.modules_to_save or [], str.endswith, "modules_to_save: none")
     saved = [n for n in named if not any(n.startswith(f"{outer}.") for outer in named)]  # outermost
     inside = lambda name: any(f"{name}.".startswith(f"{s}.") for s in saved)
-    linear = [n for n, module in modules.items() if _is_linear(module) and not inside(n)]
-    others = {type(module).__name__ for n, module in modules.items() if n not in linear}
+    linear = [n for n, module in modules.items() if n and _is_linear(module) and not inside(n)]
+    others = {type(m).__name__ for n, m in modules.items() if n not in linear and not inside(n)}
     odd = "".join(f" ({kind} cannot be adapted)" for kind in sorted(others) if "Linear" in kind)
 
-    wanted = config.target_modules
+    wanted = config.target_modules or ([] if saved else "")  # "" matches no layer
     if wanted == "all-linear" and hasattr(model, "get_output_embeddings"):
         linear = [n for n in linear if modules[n] is not model.get_output_embeddings()]
     keys, matches = ([wanted], _by_regex) if isinstance(wanted, str) else (wanted, _by_ending)
@@ -282,7 +279,7 @@ def _select(
     raises ValueError for a key that matches nothing, with the names that there are."""
     for key in keys if strict else ():
         if not any(matches(name, key) for name in names):
-            there = {name.rpartition(".")[2] for name in names if name and not name[-1].isdigit()}
+            there = {end for n in names if not (end := n.rpartition(".")[2]).isdigit()} - {""}
             raise ValueError(f"{nothing} matches {key!r}; there are {', '.join(sorted(there))}")
     found = {name: [key for key in keys if matches(name, key)] for name in names}
     return {name: matching[0] for name, matching in found.items() if matching}
@@ -348,8 +345,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     layers = [m for m in _adapters(model).values() if isinstance(m, LoRALinear)]
     with ExitStack() as stack:
         for layer in layers:
-            # Autograd calls a tensor's hooks when it has that tensor's gradient. So a backward
-            # pass through the merged weight is refused, and through B by a forward before it.
+            # autograd calls a hook with a gradient: weight's of a forward inside, B's of one before
             weight = layer.merged_weight().detach().requires_grad_()
             weight.register_hook(refuse)
             if layer.lora_B.weight.requires_grad:
@@ -363,42 +359,45 @@ class lora_snapshot:
     It copies only what is trained. Its whole state is `tensors` (name -> Tensor)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        self.tensors = {name: p.detach().clone() for name, p in trained}
+        self.model, named = model, model.named_parameters()
+        self.tensors = {name: p.detach().clone() for name, p in named if p.requires_grad}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        now = dict(self.model.named_parameters())
+        now = dict(self.model.named_parameters())  # by id below, as a tied weight has two places
         frozen = {id(now[name]): t.to(now[name].device) for name, t in self.tensors.items()}
         with ExitStack() as stack:
-            for held in (module._parameters for module in self.model.modules()):
+            for module in self.model.modules():
+                held = module._parameters
                 own = {key: frozen[id(p)] for key, p in held.items() if id(p) in frozen}
                 stack.enter_context(patch.dict(held, own))
+                if isinstance(module, LoRALinear):  # what lora_merged merged is the policy of now
+                    stack.enter_context(patch.object(module, "merged", None))
             yield
 
 
 def default_reference(model: nn.Module) -> Callable[[], Any]:
     """The policy as it is now: lora_disabled where that gives it, else a snapshot."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    copies = [m for m in model.modules() if isinstance(m, TrainedCopy)]
-    covered = {id(p) for m in [*layers, *copies] for p in m.parameters()}
+    adapters: Any = {n: m for n, m in model.named_modules() if isinstance(m, _Switchable)}
+    own = {id(p) for p in _file_tensors(adapters).values()}  # what lora_disabled switches off
     same = lambda m: all(map(torch.equal, m.trained.parameters(), m.original.parameters()))
-    fresh = not any(m.lora_B.weight.any() for m in layers) and all(map(same, copies))
-    if covered and fresh and all(id(p) in covered for p in model.parameters() if p.requires_grad):
+    fresh = lambda m: same(m) if isinstance(m, TrainedCopy) else not m.lora_B.weight.any()
+    trained = (p for p in model.parameters() if p.requires_grad)
+    if own and all(map(fresh, adapters.values())) and all(id(p) in own for p in trained):
         return lambda: lora_disabled(model)
     return lora_snapshot(model)
 
 
 def merge_and_unload(model: Any) -> Any:
-    """Fold the adapter into the weights and remove it. Returns the model, all of it trainable.
-    An adapted head that shared its weight with the embedding gets one of its own."""
+    """Fold the adapter into the weights and remove it. Returns the model, trainable but for what
+    is still quantised. An adapted head that was tied to the embedding gets a weight of its own."""
     for name, module in _adapters(model).items():
         if isinstance(module, LoRALinear):
             base, weight = module.base_layer, module.merged_weight().detach()
             if not is_dense(base):  # it was quantised, and is no more
                 dense = nn.Linear(base.in_features, base.out_features, device="meta")
                 base, dense.bias = dense, base.bias
+                weight = weight.to(getattr(model, "dtype", weight.dtype))
             base.weight = nn.Parameter((weight.T if module.transposed else weight).contiguous())
             model.set_submodule(name, base)
         else:
@@ -407,7 +406,9 @@ def merge_and_unload(model: Any) -> Any:
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False
     del model.lora_config
-    return model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad = type(parameter) is nn.Parameter and parameter.is_floating_point()
+    return model
 
 
 # ------------------------------------------------------------------------------- parameters, files
@@ -435,7 +436,7 @@ def param_groups(
 
 
 PREFIX = "base_model.model."  # PEFT's nesting: PeftModel.base_model (a LoraModel) .model
-# PEFT settings that we lack, at a value (other than None, False or empty) that does nothing
+# values of PEFT settings we lack that do nothing (as do None, False and empty ones)
 INACTIVE = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 IGNORED = "base_model_name_or_path peft_type task_type peft_version".split()
 IGNORED += "revision inference_mode fan_in_fan_out auto_mapping".split()
@@ -452,17 +453,16 @@ def _file_tensors(adapters: Adapters) -> dict[str, Tensor]:
 
 
 def save_lora(model: Any, directory: str | Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, in PEFT's format. A model without
-    our adapters, peft's or one trained in full, is saved by its own library."""
+    """Write adapter_model.safetensors and adapter_config.json, in PEFT's format. Any other model
+    (peft's, or one trained in full) is saved by its own library."""
     if not hasattr(model, "lora_config"):
         return model.save_pretrained(directory)
     directory, adapters = Path(directory), _adapters(model)
     directory.mkdir(parents=True, exist_ok=True)
     base_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    transposed = any(getattr(module, "transposed", False) for module in adapters.values())
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-    config |= {"base_model_name_or_path": base_name, "fan_in_fan_out": transposed}
-    config |= asdict(model.lora_config)
+    config |= {"fan_in_fan_out": any(getattr(m, "transposed", False) for m in adapters.values())}
+    config |= {"base_model_name_or_path": base_name, **asdict(model.lora_config)}
     tensors = {k: v.detach().contiguous().cpu() for k, v in _file_tensors(adapters).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(config, indent=2) + "\n"  # unsorted: the first pattern that fits counts

@@ -631,13 +631,22 @@ def test_a_snapshot_is_the_policy_of_its_moment():
             assert torch.equal(model(ids).logits, before)
             raise KeyError
         assert torch.equal(model(ids).logits, after) and not torch.equal(after, before)
+    merged = with_adapters(tiny_model())
+    before, snapshot = merged(ids).logits, lora_snapshot(merged)
+    with torch.no_grad():
+        merged.model.layers[0].mlp.up_proj.lora_B.weight += 0.1
+        with lora_merged(merged), snapshot():  # merged weights are of the policy that has moved on
+            assert torch.equal(merged(ids).logits, before)
 
 
 def test_a_merged_and_unloaded_model_keeps_what_was_trained_in_full():
     model = with_adapters(tiny_model(), modules_to_save=["lm_head"], target_modules=["q_proj"])
     ids, trained = torch.randint(0, VOCAB, (2, 5)), model.lm_head.trained
     out = model(ids).logits
+    # as the weight of a quantised layer that was not adapted
+    model.model.packed = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
     plain = merge_and_unload(model)
+    assert [n for n, p in plain.named_parameters() if not p.requires_grad] == ["model.packed"]
     assert plain.lm_head is trained and not any(isinstance(m, TrainedCopy) for m in plain.modules())
     torch.testing.assert_close(plain(ids).logits, out)
 
@@ -821,7 +830,11 @@ def test_the_reference_is_the_policy_that_training_starts_from(tmp_path):
     # trainable, but not switched off with the adapters
     mixed.model.norm.weight.requires_grad_(True)
     assert isinstance(default_reference(mixed), lora_snapshot)
-    for model in (fresh, load_lora(tiny_model(), tmp_path), tiny_model(), mixed):
+    below = with_adapters(tiny_model(), random=False)
+    adapted = below.model.layers[0].mlp.up_proj.base_layer
+    adapted.weight.requires_grad_(True)  # nor is what an adapter lies beside
+    assert isinstance(default_reference(below), lora_snapshot)
+    for model in (fresh, load_lora(tiny_model(), tmp_path), tiny_model(), mixed, below):
         t = trainer(model, beta=0.1, learning_rate=1e-3)
         first = update(t)
         assert first["kl"] == pytest.approx(0, abs=1e-7)

@@ -89,6 +89,25 @@ def test_the_adapter_off_is_the_quantised_base_to_the_bit_and_merging_is_near(ki
         assert type(m) is nn.Linear and m.weight.shape == (m.out_features, m.in_features)
 
 
+def test_merging_some_layers_leaves_the_others_quantised_and_the_rest_trainable(kind):
+    model = apply_lora(quantised(kind), LoRAConfig(r=4, target_modules=["q_proj"]))
+    before = logits(model, IDS)
+    plain = merge_and_unload(model)
+    torch.testing.assert_close(logits(plain, IDS), before, atol=0.05, rtol=0.05)
+    trainable = {name for name, p in plain.named_parameters() if p.requires_grad}
+    assert "model.layers.0.self_attn.q_proj.weight" in trainable and "lm_head.weight" in trainable
+    assert not any("up_proj" in name for name in trainable)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_a_quantised_model_in_half_precision_is_merged_into_one_that_runs(kind, config):
+    model = with_random_adapter(kind, **config).to(torch.bfloat16)
+    after = logits(model, IDS)
+    with lora_merged(model):
+        torch.testing.assert_close(logits(model, IDS), after, atol=0.2, rtol=0.1)
+    torch.testing.assert_close(logits(merge_and_unload(model), IDS), after, atol=0.2, rtol=0.1)
+
+
 @pytest.mark.parametrize("bias", [0.0, 1.0])
 def test_the_dense_weight_is_what_the_layer_multiplies_by(kind, bias):
     layer = quantised(kind).model.layers[0].mlp.down_proj

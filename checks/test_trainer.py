@@ -301,6 +301,9 @@ def test_tokens_are_drawn_in_float32_where_there_is_no_float64(monkeypatch):
         ({"target_modules": "layers.*"}, ["layers", "up"]),
         ({"target_modules": ["up", "nope"]}, ["nope"]),
         ({"target_modules": ["embed"]}, ["embed", "no linear layer"]),
+        ({"target_modules": []}, ["no linear layer", "mix, out, up"]),
+        ({"target_modules": None}, ["no linear layer", "mix, out, up"]),
+        ({"rank_pattern": {"(?i)up": 4}}, ["'(?i)up'", "not a regular expression"]),
         ({"modules_to_save": ["score"]}, ["modules_to_save", "score", "out"]),
         ({"rank_pattern": {"gate": 4}}, ["gate"]),
         ({"r": 9, "init_lora_weights": "pissa"}, ["up", "r = 9", "PiSSA"]),
@@ -323,6 +326,17 @@ def test_a_lora_config_that_cannot_work_is_refused_in_one_line_that_says_what_wo
     with pytest.raises(ValueError) as refusal:
         apply_lora(Toy(), LoRAConfig(**config))
     assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)
+
+
+def test_a_refused_target_hears_of_the_names_that_would_do_and_of_no_other_reason():
+    layers = {"fc1": nn.Linear(4, 3), "head": nn.Linear(3, 2), "0": nn.Linear(2, 2)}
+    config = LoRAConfig(target_modules=["nope"], modules_to_save=["head"])
+    with pytest.raises(ValueError, match=r"no linear layer matches 'nope'; there are fc1$"):
+        apply_lora(nn.ModuleDict(layers), config)
+    bare = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="no linear layer"):
+        apply_lora(bare, LoRAConfig())
+    assert bare.weight.requires_grad  # a model that is refused is left as it was
 
 
 @pytest.mark.parametrize(
@@ -417,6 +431,8 @@ def test_a_trainer_that_cannot_work_says_so(monkeypatch):
             lambda: trainer(with_adapters(tiny_model(), lora_dropout=0.1), num_iterations=2),
         ),
         ("reward_weights", lambda: trainer(reward_weights=[1.0, 2.0])),
+        ("reward_weights: 0.5: 1 finite", lambda: trainer(reward_weights=0.5)),
+        ("reward_weights: .nan.: 1 finite", lambda: trainer(reward_weights=[math.nan])),
         (
             "the model comes from no folder; pass its tokenizer",
             lambda: GRPOTrainer(with_adapters(tiny_model()), digits, GRPOConfig(), ROWS),
