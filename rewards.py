@@ -5,9 +5,8 @@ messages) and every column of the data as a list, and with completion_ids, train
 and log_metric. It returns one float per completion, or None for "not applicable", and may be async.
 That is TRL's and open-r1's signature: theirs run here, and ours there if the data has `answer`.
 
-The functions here return for any text, in time linear in its length, and evaluate nothing that a
-model wrote. (math_verify, the library's checker, parses it.) Most are modelled on open-r1's; but
-tags need no line breaks, and lengths are in tokens, within a group.
+The functions here return for any text, in linear time, and evaluate nothing that a model wrote, but
+for math_verify. Most are open-r1's; but tags need no line breaks, and lengths are in tokens.
 """
 
 import asyncio
@@ -70,7 +69,8 @@ def unwrap(text: str) -> str:
 def _last_boxed(text: str) -> str:
     r"""What is in the last \boxed{...} that closes and is not empty, of nested ones the inner."""
     boxed = r"(?<!\\)(?:\\\\)*\\boxed"  # but no \\boxed, which is a line break and a word
-    text = re.sub(boxed + r"\s+([+-]?[0-9.,/]*[0-9])", r"\\boxed{\1}", text)
+    alone = r"\s+([+-]?[0-9.,/]*[0-9])(?=[.,;:!?]?(?:\s|\$|$))(?!\s+[0-9])"  # not \boxed 2\pi
+    text = re.sub(boxed + alone, r"\\boxed{\1}", text)
     for content in reversed(re.split(boxed + r"\s*\{(?!\s*\})", text)[1:]):
         depth = 1
         for brace in re.finditer(r"\\.|[{}]", content):
@@ -84,7 +84,6 @@ def _last_boxed(text: str) -> str:
 
 _REWRITES = [  # notations that do not change the meaning, one after the other
     (r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf))\s*\{([^{}]*)\}", r" \1 "),
-    (r"(?<=[0-9])(?<!\b0)(?:\{,\}|,\\!|\\,)(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}000
     (r"\\(?:left|right)(?![A-Za-z])|(?<!\\)(?:\\[!()[\]]|\$)", ""),
     (r"\\(?:[dtc](frac)|(le|ge|ne)q)(?![A-Za-z])", r"\\\1\2"),  # \dfrac is \frac, \leq is \le
     (r"[\u2212\u2012\u2013\u2014]", "-"),
@@ -96,24 +95,23 @@ _REWRITES = [  # notations that do not change the meaning, one after the other
     (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9A-Za-z])", r"\1{\2}"),
     (r"^([+-]?)10\^", r"\g<1>1\\times10^"),
 ]
-_COMMAS = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])"  # 1,234
 _DECIMAL = r"(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][+-]?[0-9]{1,3})?"  # 12, 12.5, .5, 1e3
 _NUMBER = (  # where it stands alone, or alone between brackets and commas
-    r"(?:(?<![^(\[{,;&\\])|(?<=matrix\}))([+-]?)(?:([0-9]++)(?: |(?=\\)))?"  # the 1 of 1 1/2
+    r"(?:(?<![^(\[{,;&\\])|(?<=matrix\}))(?!(?<=[^\n])0[0-9])"  # in 0,05 and 0.(03) the 0 counts
+    r"([+-]?)(?:([0-9]++)(?: |(?=\\)))?"  # the 1 of 1 1/2
     rf"(?:\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}"
     rf"|({_DECIMAL})(?:/({_DECIMAL})|\\(?:times|cdot)10\^\{{(-?[0-9]{{1,3}})\}})?)"
     r"(%?)(?=$|[)\]},;&]|\\[\\}]|\\end)"
 )
-_UNIT = re.compile(  # \text{ cm}^2, or up to three words, if they make no other number of it; $, °
-    r"(?i)(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)(?=[a-z]{4})"
-    r"|(?=(?:[ckm]m|[km]g|in|ft|mi|lb|hrs?|min|sec|mph|days?|men)\b))"
-    r"(?![a-z/\s]{0,40}\b(?:(?:four|six|seven|ten|hundred|thousand|[a-z]+illion)(?:th)?|third|"
-    r"fifth|eighth|ninth|twelfth|[a-z]+teenth|one|two|three|five|eight|nine|zero|lakh|crore|dozen|"
-    r"gross|grand|(?:per)?cent(?:age)?|half|halve|quarter|squared|cubed|factorial|repeating|"
-    r"recurring|binary|octal|hex|hexadecimal|negative|root|sqrt|pi|mod|base|sin|cos|tan|log|and|or|"
-    r"to|of|out|plus|minus|times|over|by|below|[ap]m)s?\b)"
-    r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
-    r"|[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\})"
+_UNIT = re.compile(  # up to three words at the end, one of them a plural or known; or a symbol
+    r"(?i)(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)|(?=[cm]m\b))"
+    r"(?=[a-z/\s]{0,40}(?<![a-z])(?:(?-i:[mghsLJNWV])\s*\}|(?:[ckm]m|kg|ft|lb|oz|hr|min|sec|mph|in|"
+    r"inch|feet|met(?:er|re)|hour|day|year|dollar|people|(?:wo)?men|children|[a-z]*[a-rt-z]s)\b))"
+    r"(?![a-z/\s]{0,40}\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|zero|"
+    r"third|(?!month)[a-z]*th|half|halve|quarter|[a-z]+(?:teen|ty|illion)|hundred|thousand|lakh|"
+    r"crore|dozen|score|(?:per)?cent(?:age)?|pi|and|or|to|of|out|plus|minus|times|over|by|below)"
+    r"s?\b)\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
+    r"|(?<![^\s+-])(?:\\\$|[€£])|(?:[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\}))$"
 )
 _LONGEST = 1000  # characters; anything longer is compared as it stands, so that time stays linear
 
@@ -124,7 +122,7 @@ def canonical_answer(answer: Any) -> Fraction | str:
     Numbers: 42, -3, 1,234, .5, 3/4, 1 1/2, 50% (= 1/2), 1e3, 2\times10^3, \frac12, 1\frac{1}{2}.
     ASCII digits only. Sets, tuples, intervals and matrices: element by element; sets in any order.
     All else as it stands, but for notations that mean the same. White space counts between two
-    letters or two digits, and case in all but words (\Gamma is not \gamma, nor is R - r r - R).
+    letters or two digits, and case in all but words (\Gamma is not \gamma, nor is AB ab).
 
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
@@ -132,17 +130,19 @@ def canonical_answer(answer: Any) -> Fraction | str:
     text = unwrap("".join(c for c in str(answer) if unicodedata.category(c) != "Cf"))  # invisible
     if len(text) > _LONGEST:
         return text
-    if not re.search(r"[(\[{]", text):  # there a comma separates elements
-        text = re.sub(_COMMAS, lambda match: match[0].replace(",", ""), text)
+    comma = "" if re.search(r"[(\[{]", text) else "|,"  # there it separates elements
+    grouped = rf"(?<![0-9.,])[1-9][0-9]{{0,2}}(?:(?:\{{,\}}|,\\!|\\,{comma})[0-9]{{3}})+(?!,?[0-9])"
+    text = re.sub(grouped, lambda match: re.sub("[^0-9]", "", match[0]), text)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
-    text = re.sub(_NUMBER, _value, text if text.endswith("...") else text.rstrip(".,;: \n\t"))
-    ordered = lambda match: ",".join(sorted(re.split(r",(?![^(]*\))", match[1])))
-    flat = r"(?<=\\\{)((?:[^{}[\]\\]|\\[A-Za-z]+|\{[^{}]*\})*)(?=\\\})"  # no sets of sets
-    text = re.sub(flat, ordered, text)
+    text = re.sub(_NUMBER, _value, re.sub(r"(?<!\.)\.?[,;:\s]*$", "", text))
     text = re.sub(r"^[({]([^(){}[\],]*)[)}]$", r"\1", text)  # (B) is B
-    # case means nothing in words and in a choice, B, but in a command and in a variable
-    text = re.sub(r"(?<!\\)\b[^\W\d_]{2,}|^\w$", lambda word: word[0].casefold(), text)
+    # words (Yes, yes, NONE) and a choice, B, lose their case; commands, variables, units keep it
+    word = r"(?<!\\)\b(?:(?i:yes|no)|[^\W\d_][^\W\d_A-Z]{2,}|[A-Z]{4,})\b|^\w$"
+    text = re.sub(word, lambda match: match[0].casefold(), text)
+    ordered = lambda match: ",".join(sorted(re.split(r",(?![^(]*\))(?![^{]*\})", match[1])))
+    flat = r"(?:[^{}[\]()\\]|\\[A-Za-z]+|\{[^{}]*\}|\([^()]*\))*"  # no sets of sets
+    text = re.sub(rf"(?<=\\\{{)({flat})(?=\\\}})", ordered, text)
     return Fraction(text) if re.fullmatch("-?[0-9]+(?:/[1-9][0-9]*)?", text) else text
 
 
@@ -167,8 +167,9 @@ def answers_match(answer: Any, gold: Any) -> bool:
     """
     if answer is None or gold is None:
         return False
-    named = r"(?s)^(?:(\\?[A-Za-z]+)\s*=(?=[^=]+$))?(.*)"  # the x of x = 5, or '', and the 5
-    (x, a), (y, b) = (re.findall(named, unwrap(str(text)))[0] for text in (answer, gold))
+    named = r"(?s)^(?:(\\[A-Za-z]+|[A-Za-z])\s*=(?=[^=]+$))?(.*)"  # x of x = 5, or '', and the 5
+    dollar = lambda text: re.sub(r"^\$(?=[^$]*$)", r"\\$", unwrap(str(text)))  # one alone is money
+    (x, a), (y, b) = (re.findall(named, dollar(text))[0] for text in (answer, gold))
     if x and y and x != y:
         return False
     if max(len(a), len(b)) <= _LONGEST:
@@ -346,8 +347,7 @@ def call_rewards(
     extra: dict[str, list[Any]] = {}
     lacks = lambda row: "solution" in row and row.get("answer") is None
     rows = [{**row, "answer": row["solution"]} if lacks(row) else row for row in rows]
-    names = dict.fromkeys(itertools.chain(*rows))
-    columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+    columns: Any = {n: [row.get(n) for row in rows] for n in dict.fromkeys(itertools.chain(*rows))}
     prompts = columns.pop("prompt")
     chat = lambda text: [{"role": "assistant", "content": text}]
     replies = [t if isinstance(p, str) else chat(t) for p, t in zip(prompts, texts, strict=True)]
