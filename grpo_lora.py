@@ -9,13 +9,14 @@ and makes each more or less likely by how it compares with its group. There is n
 With LoRA (lora.py) the reference policy is the model with its adapter off: no second model either.
 
 In order: the objective, settings, the trainer (`update` is the algorithm), rollout and
-log-probabilities. If you stop there you have read GRPO. Then: the model as two parts, data.
+log-probabilities: that is GRPO. Then: the model as two parts, data, processes. On a first reading
+follow the defaults (the ratio of a token, the surrogate clip, the aggregation token), look up
+settings as you meet them, and pass over what is for running and setting up.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
-a prompt are adjacent. b: a part of the rows. L prompt tokens, T completion tokens, V tokens in the
-vocabulary, H the model's width, K reward functions. P and B are of one process, or of all.
-
-Left out, and refused: see README, Limits. (TRL and verl have most of it.)
+a prompt are adjacent. b: a part of the B. (Rows of the data are dicts, one for each prompt.) L
+prompt tokens, T completion tokens, V tokens in the vocabulary, H the model's width, K reward
+functions. All are of one process, unless a comment says otherwise. Left out: see README, Limits.
 """
 
 import hashlib
@@ -62,8 +63,8 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
     (GRPO), the group's std + eps; "batch", the std of all rewards + eps; "none" (Dr. GRPO), 1;
     "mean" (MaxRL, for rewards >= 0), mean_g, and A is 0 where that is 0; "leave_one_out" (RLOO),
     (G-1)/G: each reward minus the mean of the others. Every std has ddof 1. A completion without a
-    reward leaves the statistics and gets 0. A group whose rewards are all equal, or that has only
-    one, gets exactly 0. Raises ValueError for other shapes and scales. (Shao et al. 2024, 4.1.2)
+    reward leaves the statistics and gets 0. A group of equal rewards, or with a single one, gets
+    exactly 0. Raises ValueError for other shapes and scales. (Shao et al. 2024, 4.1.2)
 
     >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
     >>> group_advantages(rewards, scale="none")
@@ -117,7 +118,7 @@ def multi_objective_advantages(
     each = torch.stack([group_advantages(r, eps=eps) for r in rewards.unbind(-1)], dim=-1)
     total = combine_rewards(torch.where(rewards.isnan(), math.nan, each), weights)  # (P, G)
     total = group_advantages(total.view(1, -1), eps=eps).view_as(total)  # the batch as one group
-    return torch.where(each.flatten(1).any(dim=1, keepdim=True), total, 0.0)  # equal rewards: 0
+    return torch.where(each.flatten(1).any(dim=1, keepdim=True), total, 0.0)  # equal rewards get 0
 
 
 def completion_mask(completion_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
@@ -130,8 +131,7 @@ def completion_mask(completion_ids: Tensor, eos_token_ids: Sequence[int]) -> Ten
     tensor([[ True,  True, False],
             [ True,  True,  True]])
     """
-    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=completion_ids.device)
-    is_eos = torch.isin(completion_ids, eos)
+    is_eos = torch.isin(completion_ids, torch.tensor(list(eos_token_ids)).to(completion_ids))
     return (is_eos.cumsum(dim=1) - is_eos.long()) == 0  # no EOS before this token
 
 
@@ -178,7 +178,7 @@ def grpo_loss(
          token      ρ = exp(logp - old_logp)
          sequence   ρ = exp(row mean of (logp - old_logp)), one a row; GSPO
     2. The surrogate is the loss l of one token. (vespo, gmpo and opmd ignore the level.)
-         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); a type not named below
+         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); all other types
          cispo      l = -sg(min(ρ, ε₊)) A logp
          sapo       l = -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
          vespo      l = -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's ρ,
@@ -188,7 +188,7 @@ def grpo_loss(
          gmpo       l = -A exp(the row's mean of c). c = logp - old_logp, clipped to at most ε₊
                     if A > 0, to at least -ε if not
          opmd       l = -A logp + (opmd_tau / 2) (logp - old_logp)²
-       β KL is added to it, KL from kl_penalty; times ρ if use_bias_correction_kl.
+       Then l += β KL, or β ρ KL if use_bias_correction_kl; KL is kl_penalty.
     3. The aggregation makes one number of all l.
          sequence   the mean over rows of the mean over tokens; grpo, sapo, gmpo
          token      the sum / N; dapo, bnpo, cispo, vespo, dppo, opmd
@@ -197,9 +197,9 @@ def grpo_loss(
 
     logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,).
     mask: (B, T) bool, see completion_mask; what lies outside has no influence, even NaN.
-    token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: the
-    N, or the rows, of the whole optimiser batch, so that the losses of micro-batches add up to the
-    loss of the batch; None: this call's. Returns the loss, a scalar, and diagnostics, means over
+    token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: N,
+    or the number of rows, of the whole optimiser batch, so that the losses of micro-batches add up
+    to the batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over
     this call's tokens. Raises ValueError for shapes that do not fit and for a missing argument.
     With ρ = 1 there is a gradient all the same: d exp(logp - sg(logp)) = d logp.
     """
@@ -225,7 +225,7 @@ def grpo_loss(
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
-    # 1. the ratio. Above 88 exp would overflow float32, and 0 · inf make the gradient NaN
+    # 1. the ratio. exp would overflow (float32: at 88), and 0 · inf make the gradient NaN
     log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))
     row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
     by_row = importance_sampling_level == "sequence"
@@ -286,7 +286,6 @@ def grpo_loss(
 
 # --------------------------------------------------------------------------------------- settings
 
-
 Rows = Any  # a sequence of dicts: rows of a data set, or samples
 SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -305,13 +304,13 @@ class GRPOConfig:
     prompts_per_step: int = setting(8, "Prompts in one optimiser batch.", at_least=1)
     num_generations: int = setting(8, "Completions of each prompt: the group, G.", at_least=2,
                                    why=" (an advantage compares completions of one prompt)")
-    per_device_train_batch_size: int = setting(8, "Rows per micro-batch: memory.", at_least=1)
+    per_device_train_batch_size: int = setting(8, "Micro-batch: rows, in whole groups.", at_least=1)
     max_completion_length: int = setting(256, "Longest completion, in tokens.", at_least=1)
     temperature: float = setting(1.0, "The policy is softmax(logits / temperature).", above=0,
                                  why=" (greedy sampling gives a group of equal completions)")
     system_prompt: str | None = setting(None, "Put before every prompt; makes text prompts chats.")
     chat_template_kwargs: dict[str, Any] | None = setting(
-        None, "For the chat template; a row's column of this name goes before it.")
+        None, "For the chat template; a row's column of this name overrides it.")
     mask_truncated_completions: bool = setting(False, "Leave rows without an EOS out of the loss.")
     # the objective: see grpo_loss, group_advantages, kl_penalty
     loss_type: str = setting("dapo", "Surrogate and aggregation.", choices=tuple(AGGREGATION))
@@ -401,6 +400,18 @@ VARIANTS: dict[str, Variant] = {
 GAP = "sampling/sampling_logp_difference/mean"  # TRL's name: |log-prob sampled - log-prob scored|
 
 
+@dataclass
+class MicroBatch:
+    """Some groups of a rollout, and what is known of them."""
+
+    prompts: list[int]  # indices into the whole rollout's prompts
+    rollout: "Rollout"
+    advantages: Tensor  # (b,)
+    old_logps: Tensor | None = None  # (b, T), like the rest; None until the first forward
+    ref_logps: Tensor | None = None
+    uncertain: Tensor | None = None  # of this update
+
+
 class GRPOTrainer:
     """GRPO on whatever parameters of `model` require gradients: adapters, modules, or all of it.
 
@@ -422,52 +433,49 @@ class GRPOTrainer:
     stop = False  # set from outside: the batch in hand is finished, then train returns
     samples: Rows = ()  # of the last batch
     eval_samples: Rows = ()  # of an evaluation after it
-    last_batch: tuple["Rollout", list["MicroBatch"]]
+    last_batch: tuple["Rollout", list[MicroBatch]]
 
     # ---- the algorithm
 
     def update(self, rows: Rows) -> dict[str, Any]:
-        """GRPO, in full: a batch of problems, and its optimiser updates. (From __init__: `params`
-        require gradients, `objective` has the loss's settings, `schedule` maps the updates made to
-        a factor of the rate; this is process `rank` of `world`. A MicroBatch is whole groups.)"""
+        """GRPO, in full: a batch of problems, and its optimiser updates. rows: the problems, rows
+        of the data, of this process. (It is process `rank` of `world`.) Returns the metrics."""
         args, logged = self.args, []
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
-        rewards, samples = self.score(rows, rollout)  # (P, G, K), of all processes
+        rewards, samples = self.score(rows, rollout)  # (P·world, G, K): of all processes
         advantages = multi_objective_advantages(
             rewards, self.reward_weights, scale=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )  # fmt: skip
         if args.mask_truncated_completions:
-            ended = torch.tensor([sample["ended"] for sample in samples], device=self.device)
-            rollout.completion_mask &= ended.view(self.world, -1, 1)[self.rank]  # (B, 1), our rows
+            rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)
         mask = rollout.completion_mask  # (B, T)
-        tokens, count = (sum(gather(n)) for n in (int(mask.sum()), len(mask)))  # of all processes
+        tokens, count = sum(gather(int(mask.sum()))), sum(gather(len(mask)))  # of all processes
         aggregation = AGGREGATION[args.loss_type]
         normalizer = tokens if aggregation == "token" else count
-        # The slope at one log-prob is about 1/tokens (luspo: 1/count), which half precision loses.
-        # So the loss is multiplied before the backward pass, by a power of two, which rounds
-        # nothing, and the gradient is divided after it.
+        # d loss / d logp is about 1/tokens (luspo: 1/count), too small for float16. So the loss
+        # goes through the backward pass times a power of two, which rounds nothing.
         loss_scale = 2.0 ** int(math.log2(max(1, count if aggregation == "row_sum" else tokens)))
         micro_batches = self.micro_batches(rollout, advantages)
 
         for _ in range(args.num_iterations):
-            for parameter in self.params.values():  # zeros, not None: no group may need a forward
-                parameter.grad = torch.zeros_like(parameter)
+            for parameter in self.params.values():  # those that require gradients
+                parameter.grad = torch.zeros_like(parameter)  # not None: maybe no group has a loss
             if args.top_entropy_quantile < 1 and tokens:
                 self.mark_uncertain_tokens(micro_batches)
             total = 0.0
-            with evaluating(self.model, adapter_dropout=True):  # backward may run layers again
+            with evaluating(self.model, adapter_dropout=True):  # dropout elsewhere is off
                 for batch in micro_batches:
                     piece, kept = batch.rollout, batch.rollout.completion_mask
-                    logps, entropies = self.logps(piece)  # (b, T), (b, T)
+                    logps, entropies = self.logps(piece)  # (b, T) each; piece.logps: the sampler's
                     if batch.old_logps is None:  # the policy has not moved yet: ρ is 1
                         batch.old_logps = logps.detach()
                     loss, stats = grpo_loss(
                         logps, batch.old_logps, batch.advantages, kept, ref_logps=batch.ref_logps,
                         token_weights=self.token_weights(batch, logps.detach(), batch.old_logps),
-                        normalizer=normalizer, **self.objective,
+                        normalizer=normalizer, **self.objective,  # the settings of this loss
                     )  # fmt: skip
-                    (loss * loss_scale).backward()
+                    (loss * loss_scale).backward()  # within: it may run layers again
                     total += loss.item()
                     stats["entropy"] = entropies[kept].mean().item()
                     stats[GAP] = (batch.old_logps - piece.logps)[kept].abs().mean().item()
@@ -477,7 +485,7 @@ class GRPOTrainer:
             total, grad_norm = self.reduce_and_clip(total, loss_scale)
             finite = math.isfinite(total) and math.isfinite(grad_norm)
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self.schedule(self.step)
+                group["lr"] = group["initial_lr"] * self.schedule(self.step)  # a factor
             if finite:
                 self.optimizer.step()
             self.step += 1  # skipped or not: the schedule counts updates
@@ -495,7 +503,7 @@ class GRPOTrainer:
         prompts = [torch.tensor(self.encode(row), device=self.device) for row in rows]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
         skipped = (self.rank * len(rows) * num_generations, args.max_completion_length)
-        torch.rand(*skipped, generator=self.generator, dtype=torch.float64)  # lower ranks' draws
+        torch.rand(*skipped, generator=self.generator, dtype=torch.float64)  # those of lower ranks
         with lora_merged(self.model) if self.merges else nullcontext():
             return self.engine.generate(
                 self.model, ids.masked_fill(ids < 0, self.pad_token_id), ids >= 0,
@@ -513,7 +521,7 @@ class GRPOTrainer:
         ids = [row_ids[mask].tolist() for row_ids, mask in masked]
         ends = {*self.eos_token_ids, self.tokenizer.pad_token_id}  # other special tokens are text
         texts = self.tokenizer.batch_decode([[i for i in row if i not in ends] for row in ids])
-        # a tag that the template opened at the end of the prompt belongs to what follows it
+        # a <think> with which the template ends the prompt is the first word of the completion
         tails = zip(rollout.prompt_ids[:, -16:], rollout.prompt_mask[:, -16:], strict=True)
         opened = [OPENED.findall(str(self.tokenizer.decode(tail[seen])))[0] for tail, seen in tails]
         texts = [opened[i // G] + text for i, text in enumerate(texts)]
@@ -524,7 +532,7 @@ class GRPOTrainer:
         columns = extra | {  # ours replace what a reward logs by the same name
             "prompt": [row["prompt"] for row in rows], "completion": texts,
             "length": [*map(len, ids)],
-            "ended": [any(i in self.eos_token_ids for i in row) for row in ids],  # or cut off
+            "ended": rollout.ended(self.eos_token_ids).tolist(),  # or cut off
             "prompt_length": rollout.prompt_mask.sum(1).repeat_interleave(G).tolist(),
         }  # fmt: skip
         columns |= {f"rewards/{n}": s for n, s in zip(self.reward_names, scores, strict=True)}
@@ -534,15 +542,15 @@ class GRPOTrainer:
         return rewards.view(-1, G, len(scores)), [*chain(*gather(samples))]
 
     def logps(self, rollout: "Rollout") -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of a rollout's tokens, (b, T) each, by the policy as it is."""
+        """Log-probs and entropies of a rollout's tokens, (b, T) each, by the model as it is."""
         return self.engine.completion_logps(self.model, rollout, temperature=self.args.temperature)
 
     @torch.no_grad()
-    def micro_batches(self, rollout: "Rollout", advantages: Tensor) -> list["MicroBatch"]:
-        """This process's groups, by length to save padding, with reference log-probs.
+    def micro_batches(self, rollout: "Rollout", advantages: Tensor) -> list[MicroBatch]:
+        """This process's groups, by length to save padding; with reference log-probs if beta > 0.
 
-        A group without advantage has no gradient, and needs no forward, unless something else looks
-        at it: the KL, opmd's square, the entropies, or processes that share this one's forward."""
+        A group without advantage has no gradient, and needs no forward, unless for something else:
+        the KL, opmd's square, a quantile of entropies, processes that share this one's forward."""
         args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
         advantages = advantages.to(rollout.logps)[self.rank * P :][:P]  # this process's groups
         every = args.beta or args.loss_type == "opmd" or args.top_entropy_quantile < 1
@@ -558,7 +566,7 @@ class GRPOTrainer:
         return batches
 
     @torch.no_grad()
-    def mark_uncertain_tokens(self, batches: list["MicroBatch"]) -> None:
+    def mark_uncertain_tokens(self, batches: list[MicroBatch]) -> None:
         """Which tokens are in the top quantile of entropy over the whole optimiser batch."""
         with evaluating(self.model):
             pairs = [(batch, self.logps(batch.rollout)[1]) for batch in batches]
@@ -568,7 +576,7 @@ class GRPOTrainer:
         for batch, entropy in pairs:
             batch.uncertain = entropy >= threshold
 
-    def token_weights(self, batch: "MicroBatch", logps: Tensor, old_logps: Tensor) -> Tensor:
+    def token_weights(self, batch: MicroBatch, logps: Tensor, old_logps: Tensor) -> Tensor:
         """(b, T): the factors of the tokens' surrogates. All are 1, unless a setting says more."""
         args, mask, sampled = self.args, batch.rollout.completion_mask, batch.rollout.logps
         weights = torch.ones_like(logps) if batch.uncertain is None else batch.uncertain.to(logps)
@@ -611,7 +619,7 @@ class GRPOTrainer:
             metrics = self.update(self.batch(index))
             epoch = (index + 1) * args.prompts_per_step / len(self.train_dataset)
             own = {"step": self.step, "epoch": epoch, "step_time": time.perf_counter() - started}
-            metrics = own | metrics | own  # in front; and again, over what rewards may have logged
+            metrics = own | metrics | own  # first in order, and not to be overwritten by rewards
             if self.eval_dataset and (self.step >= end or self.due(args.eval_steps)):
                 metrics |= self.evaluate()
             stopping = any(gather(self.stop))  # asked of one, all processes stop at this update
@@ -714,11 +722,11 @@ class GRPOTrainer:
         names = [reward_name(f) for f in self.reward_funcs]
         self.reward_names = [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
         weights = args.reward_weights or [1.0] * len(funcs)
+        self.reward_weights = torch.tensor(weights, dtype=torch.float64)
         if not funcs:
             raise ValueError("rewards: at least one reward function is needed")
-        if len(weights) != len(funcs) or not all(map(math.isfinite, weights)):
+        if self.reward_weights.shape != (len(funcs),) or not self.reward_weights.isfinite().all():
             raise ValueError(f"reward_weights: {weights}: {len(funcs)} finite numbers are needed")
-        self.reward_weights = torch.tensor(weights, dtype=torch.float64)
 
         lm = CausalLM(model)  # refuses models that it cannot be right for
         folder = getattr(lm.core.config, "_name_or_path", "")
@@ -739,7 +747,7 @@ class GRPOTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         own, keys = lm.core.config.get_text_config(), ("max_position_embeddings", "rope_parameters")
         window, rope = (getattr(own, key, None) for key in keys)
-        if (rope or {}).get("rope_type") == "longrope":  # beyond it all rows get other frequencies
+        if (rope or {}).get("rope_type") == "longrope":  # a longer row changes RoPE for all rows
             window = rope["original_max_position_embeddings"]  # type: ignore[index]
         room = (window or math.inf) - args.max_completion_length
         for rows in (train_dataset, *([] if eval_dataset is None else [eval_dataset])):
@@ -793,18 +801,6 @@ class GRPOTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-@dataclass
-class MicroBatch:
-    """Some groups of a rollout, and what is known of them."""
-
-    prompts: list[int]  # which of the whole rollout's
-    rollout: "Rollout"
-    advantages: Tensor  # (b,)
-    old_logps: Tensor | None = None  # (b, T), like the rest; None until the first forward
-    ref_logps: Tensor | None = None
-    uncertain: Tensor | None = None  # of this update
-
-
 def sampler_weights(
     old_logps: Tensor, sampled_logps: Tensor, mask: Tensor, mode: str, low: float, high: float
 ) -> Tensor:
@@ -833,8 +829,8 @@ def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float
 
 @contextmanager
 def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None]:
-    """Eval mode within; each module's own mode after. adapter_dropout: the adapter's and
-    activation checkpointing stay on, for the loss. A base model's own dropout never does."""
+    """Eval mode within; each module's own mode after. adapter_dropout: for the loss, the adapter's
+    dropout and activation checkpointing are on. The base model's own dropout is off."""
     with ExitStack() as after:
         for name, module in model.named_modules():
             held = vars(module)  # a checkpointed layer may hold its dropout rate as a number
@@ -846,9 +842,9 @@ def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None
 
 
 def default_learning_rate(model: nn.Module) -> float:
-    """Where to start when nothing is tuned: c (2000/H)^0.78; 320/(s·r) times that for adapters.
-    After Schulman et al. (2025, "LoRA Without Regret"), with c = 1.25e-5, a quarter of theirs: with
-    that GRPO collapsed on SmolLM2. Raises ValueError for a model that does not tell its width."""
+    """Where to start when nothing is tuned: c (2000/H)^0.78; for adapters of scaling s 320/(s·r)
+    times that. After Schulman et al. (2025, "LoRA Without Regret"), with c = 1.25e-5, a quarter of
+    theirs, at which SmolLM2 collapsed. Raises ValueError where the config has no hidden_size."""
     width = getattr(CausalLM(model).core.config.get_text_config(), "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError("learning_rate: give one; the model's config has no hidden_size")
@@ -910,6 +906,10 @@ class Rollout:
     def num_generations(self) -> int:
         return len(self.completion_ids) // len(self.prompt_ids)
 
+    def ended(self, eos_token_ids: Sequence[int]) -> Tensor:  # (B,) bool; the others were cut off
+        is_eos = torch.isin(self.completion_ids, torch.tensor(eos_token_ids).to(self.prompt_ids))
+        return (is_eos & self.completion_mask).any(dim=1)
+
     def select(self, prompts: Sequence[int]) -> "Rollout":
         """The groups of some prompts, without the padding that only the others need."""
         chosen, G = torch.as_tensor(prompts, device=self.prompt_ids.device), self.num_generations
@@ -929,7 +929,7 @@ def generate(
 ) -> Rollout:  # fmt: skip
     """Sample G completions of each prompt from the whole of softmax(logits / temperature).
 
-    This is the very policy that is scored: no top-k, top-p or penalties, and eval mode.
+    It is the very policy that is trained: no top-k, top-p or penalties. Dropout is off.
     prompt_ids, prompt_mask: (P, L), left-padded. eos_token_ids: each of them ends a row; [] for
     full length. Where the model has a cache, a prompt is read once, and its keys and values are
     repeated for its G rows. A row that ended leaves the batch. The draws are uniform numbers (B,
@@ -955,26 +955,26 @@ def generate(
 def _write_rows(
     lm: "CausalLM", prompt: Tensor, seen: Tensor, draws: Tensor, temperature: float, eos: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The decode loop: prompt, seen (P, L), draws (B, T) -> token ids and log-probs, (B, T) each.
+    """The decode loop: prompt, seen (p, L), draws (b, T) -> token ids and log-probs, (b, T) each.
     A recurrent model, whose cache cannot be repeated, reads each row again for each token."""
-    (B, steps), G, device = draws.shape, len(draws) // len(prompt), prompt.device
-    rows = torch.arange(B, device=device)  # the rows in the batch
-    going = torch.ones(B, dtype=torch.bool, device=device)  # which of them have not ended
-    cache = lm.new_cache(steps) if lm.takes_cache else None
-    logits = lm.next_logits(prompt, seen, cache).repeat_interleave(G, dim=0)  # (B, V)
-    context, seen = prompt.repeat_interleave(G, dim=0), seen.repeat_interleave(G, dim=0)  # (B, L)
+    (b, T), G, device = draws.shape, len(draws) // len(prompt), prompt.device
+    rows = torch.arange(b, device=device)  # those that are still in the batch, r of the b
+    going = torch.ones(b, dtype=torch.bool, device=device)  # which of these have not ended
+    cache = lm.new_cache(T) if lm.takes_cache else None
+    logits = lm.next_logits(prompt, seen, cache).repeat_interleave(G, dim=0)  # (b, V)
+    context, seen = prompt.repeat_interleave(G, dim=0), seen.repeat_interleave(G, dim=0)  # (b, L)
     if cache is not None:
         cache.batch_repeat_interleave(G)
-    ids = torch.zeros(B, steps, dtype=torch.long, device=device)
-    logps = torch.zeros(B, steps, dtype=logits.dtype, device=device)
-    for t in range(steps):
-        log_probs = (logits / temperature).log_softmax(dim=-1)  # (b, V), b of the B rows
-        tokens = draw_tokens(log_probs, draws[rows, t]).unsqueeze(1)  # (b, 1)
+    ids = torch.zeros(b, T, dtype=torch.long, device=device)
+    logps = torch.zeros(b, T, dtype=logits.dtype, device=device)
+    for t in range(T):
+        log_probs = (logits / temperature).log_softmax(dim=-1)  # (r, V)
+        tokens = draw_tokens(log_probs, draws[rows, t]).unsqueeze(1)  # (r, 1)
         ids[rows, t] = tokens.squeeze(1)
         logps[rows, t] = log_probs.gather(1, tokens).squeeze(1)
         going = going & (tokens != eos).all(dim=1)
-        left = int(going.sum())  # the only number that a step waits for
-        if left == 0 or t + 1 == steps:
+        left = int(going.sum())  # on the host: a step waits for it
+        if left == 0 or t + 1 == T:
             break
         context, seen = torch.cat([context, tokens], dim=1), pad(seen, (0, 1), value=True)
         if left < len(rows) * lm.drop_below:
@@ -983,7 +983,7 @@ def _write_rows(
             if cache is not None:
                 cache.batch_select_indices(kept)
         unread = context if cache is None else context[:, -1:]
-        logits = lm.next_logits(unread, seen, cache)  # (b, V)
+        logits = lm.next_logits(unread, seen, cache)  # (r, V)
     return ids, logps
 
 
@@ -1029,8 +1029,8 @@ def completion_logps(
     share, parts = share_prompt and lm.takes_cache and not again, []
     for prompt, seen, rows in lm.prompt_batches(rollout.prompt_ids, rollout.prompt_mask, G, share):
         inputs = rollout.completion_ids[rows, : T - 1]  # the last token predicts nothing here
-        all_seen = pad(seen.repeat_interleave(G, dim=0), (0, T - 1), value=True)
-        if share:
+        all_seen = pad(seen.repeat_interleave(G, dim=0), (0, T - 1), value=True)  # later is unseen
+        if share:  # prompts are left-padded: the last state of each is real
             cache = lm.new_cache()
             hidden = lm.hidden(prompt, seen, cache)[:, -1:].repeat_interleave(G, dim=0)
             if T > 1:
@@ -1100,7 +1100,7 @@ class CausalLM:
         return DynamicCache(config=self.core.config)
 
     def hidden(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None) -> Tensor:
-        """ids (B, t) -> hidden states (B, t, H). mask: (B, past + t), False where padding is.
+        """ids (B, t) -> hidden states (B, t, H). mask: (B, past + t), False in left padding.
         Positions are counted over it: with left padding they would otherwise start too late."""
         kwargs: dict[str, Any] = {"use_cache": cache is not None, "attention_mask": mask.long()}
         if cache is not None:
