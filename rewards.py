@@ -89,29 +89,30 @@ _REWRITES = [  # notations that do not change the meaning, one after the other
     (r"[\u2212\u2012\u2013\u2014]", "-"),
     (r"\\%", "%"),
     (r"°|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
-    (r"(?:(?<!\\)\\[ ,;:]|~|\\q?quad(?![A-Za-z])|\s)+", " "),  # counts between letters or digits
-    (r"(\\[A-Za-z]+) (?![A-Za-z])|(?<![^\W_]) | (?![^\W_])|(?<=[0-9]) (?=[A-Za-z])", r"\1"),
+    (r"(?:(?<!\\)\\[ ,;:]|(?<=[\w}])~|\\q?quad(?![A-Za-z])|\s)+", " "),
+    (r"(\\[A-Za-z]+) (?![A-Za-z])|(?<![^\W_]|\.) | (?![^\W_]|\.)|(?<=[0-9]) (?=[A-Za-z])", r"\1"),
     (r"(\\frac|\\sqrt(?:\[[^\]]*\])?|[\^_]) ?([0-9A-Za-z])", r"\1{\2}"),  # TeX takes one character
     (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9A-Za-z])", r"\1{\2}"),
     (r"^([+-]?)10\^", r"\g<1>1\\times10^"),
 ]
 _DECIMAL = r"(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][+-]?[0-9]{1,3})?"  # 12, 12.5, .5, 1e3
 _NUMBER = (  # where it stands alone, or alone between brackets and commas
-    r"(?:(?<![^(\[{,;&\\])|(?<=matrix\}))(?!(?<=[^\n])0[0-9])"  # in 0,05 and 0.(03) the 0 counts
+    r"(?:(?<![^(\[{,;&\\])|(?<=n\{.matrix\}))(?!(?<=[^\n])0[0-9]|-0,|[+-]?[0-9]+\.000,)"  # 0,05
     r"([+-]?)(?:([0-9]++)(?: |(?=\\)))?"  # the 1 of 1 1/2
     rf"(?:\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}"
     rf"|({_DECIMAL})(?:/({_DECIMAL})|\\(?:times|cdot)10\^\{{(-?[0-9]{{1,3}})\}})?)"
     r"(%?)(?=$|[)\]},;&]|\\[\\}]|\\end)"
 )
 _UNIT = re.compile(  # up to three words at the end, one of them a plural or known; or a symbol
-    r"(?i)(?:\\[ ,;:!]|~|\s)*(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)|(?=[cm]m\b))"
-    r"(?=[a-z/\s]{0,40}(?<![a-z])(?:(?-i:[mghsLJNWV])\s*\}|(?:[ckm]m|kg|ft|lb|oz|hr|min|sec|mph|in|"
-    r"inch|feet|met(?:er|re)|hour|day|year|dollar|people|(?:wo)?men|children|[a-z]*[a-rt-z]s)\b))"
-    r"(?![a-z/\s]{0,40}\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|zero|"
-    r"third|(?!month)[a-z]*th|half|halve|quarter|[a-z]+(?:teen|ty|illion)|hundred|thousand|lakh|"
-    r"crore|dozen|score|(?:per)?cent(?:age)?|pi|and|or|to|of|out|plus|minus|times|over|by|below)"
-    r"s?\b)\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?$"
-    r"|(?<![^\s+-])(?:\\\$|[€£])|(?:[€£°]|\\\$|\^\s*(?:\\circ|\{\s*\\circ\s*\}))$"
+    r"(?i)(?:\\[ ,;:!]|~|\s)*+(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)|(?=[cm]m\b))"
+    r"(?=[a-z/\s]{0,40}(?<![a-z])(?:(?-i:[mghsLJNWV])\s*\}|(?:[ckm]m|kg|ft|lbs?|hrs?|min|sec|mph|"
+    r"in|inch|feet|hour|day|year|dollar|people|(?:wo)?men|children|[a-z]{2,}[a-rt-z]s)\b))"
+    r"(?![a-z/\s]{0,40}\b(?:(?:in|sec)\s+[a-z]|(?:one|two|three|four|five|six|seven|eight|nine|ten|"
+    r"k|eleven|twelve|zero|third|(?!month)[a-z]*th|half|halve|quarter|[a-z]+(?:teen|tie|ty|illion)|"
+    r"pi|hundred|thousand|lakh|crore|dozen|score|(?:per)?cent(?:age)?|and|or|to|of|out|plus|minus|"
+    r"by|times|over|below|factorial|negative)(?:e?s)?\b))"
+    r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?\.?$"
+    r"|(?<![^\s+-])(?:\\\$|[€£])|(?:[€£°]|\\\$|\^\s*\{?\s*\\circ\s*\}?)$"
 )
 _LONGEST = 1000  # characters; anything longer is compared as it stands, so that time stays linear
 
@@ -121,8 +122,8 @@ def canonical_answer(answer: Any) -> Fraction | str:
 
     Numbers: 42, -3, 1,234, .5, 3/4, 1 1/2, 50% (= 1/2), 1e3, 2\times10^3, \frac12, 1\frac{1}{2}.
     ASCII digits only. Sets, tuples, intervals and matrices: element by element; sets in any order.
-    All else as it stands, but for notations that mean the same. White space counts between two
-    letters or two digits, and case in all but words (\Gamma is not \gamma, nor is AB ab).
+    All else as it stands, but for notations that mean the same. White space counts between
+    letters and before a digit, and case in all but words (\Gamma is not \gamma, nor is AB ab).
 
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
@@ -135,13 +136,13 @@ def canonical_answer(answer: Any) -> Fraction | str:
     text = re.sub(grouped, lambda match: re.sub("[^0-9]", "", match[0]), text)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
-    text = re.sub(_NUMBER, _value, re.sub(r"(?<!\.)\.?[,;:\s]*$", "", text))
-    text = re.sub(r"^[({]([^(){}[\],]*)[)}]$", r"\1", text)  # (B) is B
-    # words (Yes, yes, NONE) and a choice, B, lose their case; commands, variables, units keep it
-    word = r"(?<!\\)\b(?:(?i:yes|no)|[^\W\d_][^\W\d_A-Z]{2,}|[A-Z]{4,})\b|^\w$"
+    text = re.sub(_NUMBER, _value, re.sub(r"(?<![.\s])\s*\.?[,;:\s]*$", "", text))
+    text = re.sub(r"^[({]([^(){}[\],;]+)[)}]$", r"\1", text)  # (B) is B
+    # words (yes, Anna, NONE) and a choice, B, lose their case; commands, variables, units keep it
+    word = r"(?<!\\)\b(?:(?i:yes|no)|[^\W\d_][^\W\d_A-Z]{3,}|[A-Z]{4,})\b|^\w$"
     text = re.sub(word, lambda match: match[0].casefold(), text)
     ordered = lambda match: ",".join(sorted(re.split(r",(?![^(]*\))(?![^{]*\})", match[1])))
-    flat = r"(?:[^{}[\]()\\]|\\[A-Za-z]+|\{[^{}]*\}|\([^()]*\))*"  # no sets of sets
+    flat = r"(?:[^{}[\]();\\]|\\[A-Za-z]++|\{[^{}]*\}|\([^()]*\))*"  # no sets of sets
     text = re.sub(rf"(?<=\\\{{)({flat})(?=\\\}})", ordered, text)
     return Fraction(text) if re.fullmatch("-?[0-9]+(?:/[1-9][0-9]*)?", text) else text
 
@@ -168,7 +169,7 @@ def answers_match(answer: Any, gold: Any) -> bool:
     if answer is None or gold is None:
         return False
     named = r"(?s)^(?:(\\[A-Za-z]+|[A-Za-z])\s*=(?=[^=]+$))?(.*)"  # x of x = 5, or '', and the 5
-    dollar = lambda text: re.sub(r"^\$(?=[^$]*$)", r"\\$", unwrap(str(text)))  # one alone is money
+    dollar = lambda text: re.sub(r"^([+-]?[0-9.,]*)\$(?=[^$]*$)", r"\1\\$", unwrap(str(text)))
     (x, a), (y, b) = (re.findall(named, dollar(text))[0] for text in (answer, gold))
     if x and y and x != y:
         return False
@@ -362,8 +363,7 @@ def call_rewards(
         except (Exception, SystemExit) as error:
             raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
         if len(scores[-1]) != len(rows):
-            counts = f"{len(scores[-1])} values for {len(rows)} completions; one each is needed"
-            raise RewardError(f"reward {name} returned {counts}")
+            raise RewardError(f"reward {name} gave {len(scores[-1])} values for {len(rows)} rows")
         if any(map(math.isinf, scores[-1])):
             raise RewardError(f"reward {name} returned an infinite value; None is 'not applicable'")
     for name, values in extra.items():
