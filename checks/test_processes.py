@@ -1,6 +1,7 @@
 """Several processes make the update of one, stop together, and notice when one is gone."""
 
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -214,6 +215,24 @@ def parallel_silence(folder: Path) -> str:
         t.train()
     assert dist.get_rank() == 1 or time.monotonic() - started < 7
     return str(error.value)
+
+
+def test_an_error_that_is_not_about_peers_is_left_as_it_is(tmp_path):
+    """Also where the project lies in a folder of such a name."""
+    (tmp_path / "distributed").mkdir()
+    (tmp_path / "distributed/mine.py").write_text("def fail():\n    raise RuntimeError('mine')\n")
+    found = importlib.util.spec_from_file_location("mine", tmp_path / "distributed/mine.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    with pytest.raises(RuntimeError, match=r"^mine$"), processes.peers_answer():
+        module.fail()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="--device cuda: "):
+        processes.choose_device("cuda", False)
+    assert processes.choose_device("auto", False).type == "cpu"
 
 
 def test_a_process_that_falls_silent_is_given_up_after_the_time_limit(tmp_path):

@@ -19,6 +19,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -485,6 +486,44 @@ def test_a_run_that_ended_without_a_checkpoint_is_not_written_over(tmp_path):
         assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+def test_a_run_without_a_checkpoint_is_not_taken_for_another_when_it_is_resumed(tmp_path):
+    args = {"output_dir": str(tmp_path), "save_steps": 2}
+    run_trainer(**args).callbacks[-2].begin(run_trainer(**args))  # and is killed
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(checkpoints.ResumeError, match=r"resume: beta was 0.0, now 0.1"):
+        run_trainer(resume=True, beta=0.1, **args).train()
+    assert (tmp_path / "run.json").read_bytes() == before
+    run_trainer(resume=True, **args).train()
+
+
+def test_a_reference_and_a_reward_of_the_same_name_are_told_apart_when_a_run_is_resumed(tmp_path):
+    def digits(completions, **columns):  # as test_training's is called
+        return [0.5] * len(completions)
+
+    args = {"output_dir": str(tmp_path), "save_steps": 1}
+    run_trainer(with_adapters(tiny_model()), max_steps=1, **args).train()
+    fresh = with_adapters(tiny_model(), random=False)
+    with pytest.raises(checkpoints.ResumeError, match="reference was 'a copy', now 'the base"):
+        run_trainer(fresh, max_steps=2, resume=True, **args).train()
+    with pytest.raises(
+        checkpoints.ResumeError, match=r"rewards was .*test_training:digits.*runner"
+    ):
+        again = with_adapters(tiny_model())
+        run_trainer(again, digits, max_steps=2, resume=True, **args).train()
+
+
+def test_an_update_is_saved_once(tmp_path):
+    t = run(tmp_path, max_steps=2)
+    t.callbacks[-2].save(t)
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint*")) == ["checkpoint-2"]
+
+
+def test_a_run_of_no_updates_ends_well(model_dir, data, tmp_path, capsys):
+    command = ["--model", str(model_dir), "--data", str(data), *SMALL, "--max_steps", "0"]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "0 updates" in capsys.readouterr().out and (tmp_path / "out/adapter").is_dir()
+
+
 @pytest.mark.parametrize("held", ["metrics.jsonl", "adapter", "summary.json", "checkpoint-3"])
 def test_a_folder_that_holds_a_run_is_not_written_to_unless_it_is_resumed(held, tmp_path):
     (tmp_path / held).mkdir()
@@ -680,7 +719,14 @@ def test_the_command_line_trains_resumes_and_writes_what_it_says(
         (["--lora_alpha", "nan"], "lora_alpha"), (["--adapter", "x", "--r", "64"], "--r"),
         (["--target_modules", "*_proj"], "regular expression"),
         (["--rank_pattern", "[1]"], "rank_pattern"), (["--device", "meta"], "device"),
-        (["--num_iterations", "3"], "multiple"),
+        (["--num_iterations", "3"], "multiple"), (["--adapter", ""], "--adapter: is empty"),
+        (["--output_dir="], "--output_dir: is empty"), (["--model="], "--model: is empty"),
+        (["--eval_steps", "1"], "--eval_steps needs problems"),
+        (["--eval_data", "d", "--eval_size", "2"], "choose one"),
+        (["--prompt_column", "question"], "data.jsonl:1: --prompt_column question: the row has"),
+        (["--rewards", "mine.py"], "write mine.py:FUNCTION"),
+        (["--output_dir", __file__], "test_runner.py is a file; name another folder"),
+        (["--output_dir", f"{__file__}/out"], "test_runner.py is a file; name another folder"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_line_and_exit_code_2(
@@ -1008,7 +1054,16 @@ def test_tuning_a_rank_too(model_dir, data, tmp_path, capsys, monkeypatch):
         worse = abs(math.log2(rate / 4e-3)) + abs(math.log2(r / 8))
         return {"reward": -worse, "grad_norm": 1.0, "skipped_updates": 0.0}
 
+    models = []
+
+    def prepare(*settings):
+        assert not any(model() for model in models)  # memory is for one at a time
+        t = cli.prepare(*settings)
+        models.append(weakref.ref(t.model))
+        return t
+
     monkeypatch.setattr(GRPOTrainer, "update", update)
+    monkeypatch.setattr("runner.tune.prepare", prepare)
     command = [*tuning(model_dir, data, tmp_path), "--learning_rate", "0.016"]
     assert main([*command, "--tune", "learning_rate,r", "--output_dir", str(tmp_path / "out")]) == 0
     _, lora, args = cli.parse([f"@{tmp_path}/out/best.args"])
@@ -1094,6 +1149,16 @@ def test_a_run_that_is_killed_resumes_and_one_that_gets_a_signal_ends_well(
         assert "--resume" in Path(f"{folder}.out").read_text()
 
 
+def test_the_report_marks_tokens_at_a_bound_where_the_loss_bounds_the_ratio():
+    moved = {"advantage": 1.0, "logps_sampled": [-2.0], "logps_after": [-1.0]}
+    marked = {
+        kind
+        for kind in grpo_lora.AGGREGATION
+        if report.clipped(moved, GRPOConfig(loss_type=kind, epsilon_high=0.2)) == [True]
+    }
+    assert marked == {"grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo"}
+
+
 def test_model_text_cannot_steer_the_terminal():
     assert printable("a\x1b[2Jb\rc\u202ed\ne") == "a\\x1b[2Jb\\rc\\u202ed\ne"
 
@@ -1113,7 +1178,9 @@ def test_rewards_are_found_by_name_by_file_and_by_module(tmp_path):
         is cli.load_reward("rewards:accuracy_reward")
     )
     assert cli.load_reward("format") is rewards.REWARDS["format"]
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit()\n")
     for spec, words in [
+        (f"{tmp_path}/ends.py:f", "cannot be imported: SystemExit"),
         ("acuracy", "accuracy"), (f"{tmp_path}/mine.py:other", "my_reward"),
         (f"{tmp_path}/none.py:f", "none.py"), ("no.such.module:f", "no.such.module"),
     ]:  # fmt: skip
@@ -1220,7 +1287,7 @@ def test_the_three_files_import_nothing_of_the_runner_and_the_runner_nothing_of_
 
 
 def test_settings_that_begin_with_a_sign_come_back_from_their_file(tmp_path):
-    given = ["--model", "m", "--data=@data", "--system_prompt=-brief 'and' @true\nlines"]
+    given = ["--model", "m", "--data=@data", "--system_prompt=-brief 'and' @true\nlines\r\n"]
     given += ["--reward_weights", "1", "-1e-05", "--rewards", "format,accuracy"]
     settings = cli.parse([*given, "--target_modules", "q_proj,v_proj"])
     path = cli.write_settings(tmp_path / "settings.args", *settings)

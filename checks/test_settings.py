@@ -799,6 +799,7 @@ def test_a_setting_can_be_given_on_the_command_line(name):
         words = [",".join(value)] if name == "target_modules" else [str(x) for x in value]
     command = ["--model", "m", "--data", "d", f"--{name}", *words]
     command += ["--sampler_correction", "token_mask"] if name.startswith("merge") else []
+    command += ["--eval_size", "1"] if name == "eval_steps" else []
     if name == "bias":
         with pytest.raises(ValueError, match="--bias: invalid choice: 'all'"):
             cli.parse(command)

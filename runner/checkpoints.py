@@ -8,6 +8,7 @@ and then renamed. A resumed run ends with the same bytes as one that never stopp
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -21,11 +22,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from grpo_lora import GRPOTrainer, Record, rank_and_world, to_json
+from grpo_lora import GRPOTrainer, Record, gather, rank_and_world, to_json
 from lora import LoRAConfig, save_lora
 from runner.processes import say
 
-# settings that may differ when a run is resumed: they change its results by rounding at most
+# settings that may differ when a run is resumed: they change its results by rounding at most (but
+# the size of a micro-batch also which inputs lora_dropout drops)
 MAY_CHANGE = {"output_dir", "eval_steps", "per_device_train_batch_size", "gradient_checkpointing"}
 # learning rates that do not depend on max_steps, which may then differ too
 ENDLESS = {"constant", "constant_with_warmup", "inverse_sqrt"}
@@ -48,6 +50,7 @@ class Checkpoints(Record):
     ) -> None:
         self.save_steps, self.save_total_limit, self.resume = save_steps, save_total_limit, resume
         self.identity: dict[str, Any] = {}
+        self.saved = -1  # the update that was saved last
 
     def begin(self, trainer: GRPOTrainer) -> None:
         if self.identity:  # train was called a second time
@@ -58,8 +61,13 @@ class Checkpoints(Record):
         self.identity = identity(trainer)
         if self.resume:
             load_newest(trainer, self.identity)
+            if len(set(gather(trainer.step))) > 1:
+                what = "the processes found different checkpoints"
+                raise ResumeError(f"resume: {what}; output_dir must be on a disk that all share")
             if trainer.rank == 0:
                 cut_back(trainer)
+        if trainer.rank == 0:
+            write_identity(Path(trainer.args.output_dir), self.identity)
 
     def __call__(self, trainer: GRPOTrainer, metrics: dict[str, Any]) -> None:
         super().__call__(trainer, metrics)
@@ -68,7 +76,10 @@ class Checkpoints(Record):
             self.save(trainer)
 
     def save(self, trainer: GRPOTrainer) -> None:
-        """Save now, unless the policy itself is not finite."""
+        """Save now, unless the policy itself is not finite, or this update has been saved."""
+        if trainer.step == self.saved:
+            return
+        self.saved = trainer.step
         if trainer.rank == 0 and all(bool(p.isfinite().all()) for p in trainer.params.values()):
             root = Path(str(trainer.args.output_dir))
             for name in ("metrics.jsonl", "completions.jsonl"):
@@ -81,9 +92,15 @@ class Checkpoints(Record):
 
 
 def check_output_dir(output_dir: str | None, resume: bool) -> None:
-    """Raises ValueError if a run cannot write there."""
+    """Raises ValueError if a run cannot write there, or if another run has."""
     if resume and not output_dir:
         raise ValueError("resume: needs output_dir, the folder of the run to go on with")
+    if output_dir:
+        path = Path(output_dir).absolute()
+        there = next(p for p in (path, *path.parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            what = "cannot be written to" if there.is_dir() else "is a file"
+            raise ValueError(f"output_dir: {there} {what}; name another folder")
     if output_dir and not resume:
         names = ("metrics.jsonl", "adapter", "summary.json")
         held = [name for name in names if (Path(output_dir) / name).exists()]
@@ -107,7 +124,10 @@ def identity(trainer: GRPOTrainer) -> dict[str, Any]:
             data.update(json.dumps(rows[i], default=as_text).encode())
         same[f"{name} data"] = data.hexdigest()
     frozen = ((n, p) for n, p in trainer.model.named_parameters() if not p.requires_grad)
-    same |= {"rewards": trainer.reward_names, "base model": fingerprint(frozen)}
+    same |= {"base model": fingerprint(frozen)}
+    funcs = zip(map(inspect.unwrap, trainer.reward_funcs), trainer.reward_names, strict=True)
+    same["rewards"] = [f"{getattr(f, '__module__', '')}:{name}" for f, name in funcs]
+    same["reference"] = "a copy" if hasattr(trainer.reference, "tensors") else "the base model"
     shapes = {name: list(p.shape) for name, p in trainer.params.items()}
     return json.loads(to_json(same | {"trainable parameters": shapes}))
 
@@ -178,12 +198,7 @@ def load_newest(trainer: GRPOTrainer, same: dict[str, Any]) -> None:
         if damage:
             say(f"resume: passing over {folder}: {damage}")
             continue
-        for name in dict.fromkeys([*state["run"], *same]):
-            was, now = state["run"].get(name), same.get(name)
-            if was != now:
-                what = f"{name} was {was!r}, now {now!r}"
-                advice = "it must stay, or start a new run in another folder"
-                raise ResumeError(f"resume: {what:.300}; {advice}")
+        check_same(state["run"], same)
         for name, value in machine().items():
             if state["made_with"].get(name) != value:
                 was = f"{name} was {state['made_with'].get(name)}, now {value}"
@@ -196,7 +211,27 @@ def load_newest(trainer: GRPOTrainer, same: dict[str, Any]) -> None:
     if (root / "adapter").exists() and max(recorded(root), default=1) > 0:
         what = f"{root} holds the adapter of a run that ended, and no intact checkpoint"
         raise ResumeError(f"resume: {what}; name a new folder, as this would write over it")
+    if (root / "run.json").exists():
+        check_same(json.loads((root / "run.json").read_text(encoding="utf-8")), same)
     say(f"resume: no intact checkpoint in {root}, starting at the beginning")
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ResumeError, naming the setting, if these are the identities of different runs."""
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name):
+            what = f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+            advice = "it must stay, or start a new run in another folder"
+            raise ResumeError(f"resume: {what:.300}; {advice}")
+
+
+def write_identity(root: Path, same: dict[str, Any]) -> None:
+    """run.json, whole or not at all: what a run is, also before its first checkpoint."""
+    root.mkdir(parents=True, exist_ok=True)
+    scratch = root / ".run.json.tmp"
+    scratch.write_text(to_json(same) + "\n", encoding="utf-8")
+    fsync(scratch)
+    os.replace(scratch, root / "run.json")
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], str]:

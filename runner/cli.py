@@ -70,7 +70,7 @@ class RunConfig:
                                choices=("learning_rate", "learning_rate,r"))
     resume: bool = setting(False, "Go on from the newest intact checkpoint in output_dir.")
     save_steps: int = setting(
-        50, "Checkpoint every so many updates, and at the end. 0: never.", at_least=0)
+        50, "Checkpoint every so many updates, and at the end. 0: where it is stopped.", at_least=0)
     save_total_limit: int | None = setting(2, "Checkpoints to keep. None: all.", above=0)
     num_completions_to_log: int = setting(
         8, "Rows of each batch that go into completions.jsonl.", at_least=0)
@@ -220,7 +220,7 @@ class Parser(HfArgumentParser):
                 words.append(word)
                 continue
             try:
-                text = Path(word[1:]).read_text(encoding="utf-8-sig", errors="surrogateescape")
+                text = Path(word[1:]).read_bytes().decode("utf-8-sig", "surrogateescape")
                 words += self._read_args_from_files(shlex.split(text))
             except RecursionError:
                 raise ValueError(f"{word}: not a file of settings: it names itself") from None
@@ -289,6 +289,9 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LoRAConfig, GRPOConfig]:
     for theirs, ours in ALIASES.items():
         argv = [re.sub(rf"^--{theirs}(?==|$)", f"--{ours}", word) for word in argv]
     first, unknown = parser.parse_known_args(argv)
+    for name in ("model", "data", "eval_data", "output_dir", "adapter"):
+        if getattr(first, name) == "":
+            raise ValueError(f"--{name}: is empty; leave it out, or say which")
     for flag in (word[2:].partition("=")[0] for word in unknown if word.startswith("--")):
         flag = flag.replace("-", "_")
         if flag in LEFT_OUT:
@@ -305,6 +308,10 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LoRAConfig, GRPOConfig]:
         parser.set_defaults(**demo.SETTINGS)
     elif not first.data:
         raise ValueError("--model needs --data, a JSONL file with a `prompt` in each line")
+    elif first.eval_data and first.eval_size:
+        raise ValueError("--eval_data, --eval_size: choose one of them")
+    elif first.eval_steps and not (first.eval_data or first.eval_size):
+        raise ValueError("--eval_steps needs problems: --eval_data, or --eval_size")
     if first.variant:
         check_choice(first.variant, VARIANTS, "--variant")
         parser.set_defaults(**VARIANTS[first.variant].settings)
@@ -374,6 +381,9 @@ def read_jsonl(path: str | Path, prompt_column: str = "prompt") -> list[Row]:
                         raise ValueError(f"is a {kind}, must be an object with a 'prompt'")
                     if prompt_column in value:
                         value["prompt"] = value.pop(prompt_column)
+                    elif prompt_column != "prompt":
+                        has = ", ".join(value) or "no column"
+                        raise ValueError(f"--prompt_column {prompt_column}: the row has {has}")
                     rows.append(Row(value))
                     rows[-1].origin = f"{path}:{number}"
     except OSError as error:
@@ -419,6 +429,8 @@ def load_reward(spec: str) -> Callable[..., Any]:
     """
     source, colon, function = spec.strip().rpartition(":")
     if not colon:
+        if function.endswith(".py"):
+            raise ValueError(f"rewards: {function} is a file: write {function}:FUNCTION")
         name = function if function in REWARDS else function.removesuffix("_reward")
         check_choice(name, REWARDS, "rewards")
         return reward_function(name)
@@ -431,7 +443,7 @@ def load_reward(spec: str) -> Callable[..., Any]:
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"{source} cannot be imported: {type(error).__name__}: {error}"
         raise ValueError(f"rewards: {problem}") from error
     if not callable(getattr(module, function, None)):
@@ -521,7 +533,8 @@ def grade_evaluation(trainer: GRPOTrainer, metrics: dict[str, Any]) -> None:
 
 def print_table(folder: Path, seed: int, seconds: float) -> None:
     """The table at the end of a run, from its files; and summary.json."""
-    rows, samples = (read_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
+    files = [folder / f"{name}.jsonl" for name in ("metrics", "completions")]
+    rows, samples = (read_lines(file) if file.exists() else [] for file in files)
     updates = rows[-1]["step"] if rows else 0
     summary: dict[str, Any] = {"seed": seed, "seconds": round(seconds, 1), "updates": updates}
     evaluated = [row for row in rows if "eval_reward" in row]
@@ -597,7 +610,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"stopped after update {trainer.step}; go on with {go_on}")
             else:
                 print_table(folder, trainer.args.seed, time.perf_counter() - started)
-            write_report(folder, trainer.args)
+            if (folder / "metrics.jsonl").exists():  # not after --max_steps 0
+                write_report(folder, trainer.args)
     except (RewardError, ResumeError, FloatingPointError, MemoryError, PeerError, OSError) as error:
         return refuse(error, 2 if isinstance(error, ResumeError) else 1)
     return exit_process(0)

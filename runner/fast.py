@@ -37,7 +37,7 @@ from transformers.cache_utils import DynamicLayer
 
 import grpo_lora
 from grpo_lora import CausalLM, Rollout
-from lora import LoRALinear
+from lora import LoRALinear, is_dense
 
 GRAPHS = {"cuda"}  # kinds of device where decode steps are recorded; an empty set for none
 
@@ -384,6 +384,7 @@ def packed(model: nn.Module) -> Iterator[None]:
     """Within it merged weights (lora.lora_merged) lie in blocks of 16 outputs."""
     modules = [m for m in model.modules() if isinstance(m, LoRALinear)]
     layers = [m for m in modules if m.merged is not None and not m.disabled]
+    layers = [m for m in layers if is_dense(m.base_layer)]  # else another dtype than the model's
     try:
         for layer in layers:
             assert layer.merged is not None

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def peers_answer() -> Iterator[None]:
         yield
     except RuntimeError as error:
         frames = traceback.extract_tb(error.__traceback__)
-        if not any("distributed" in frame.filename.split(os.sep) for frame in frames):
+        talking = any(Path(dist.__file__).parent in Path(f.filename).parents for f in frames)
+        if not talking or isinstance(error, torch.OutOfMemoryError):
             raise
         rank, world = rank_and_world()
         reason = str(error).partition("\n")[0]
@@ -75,7 +77,8 @@ def choose_device(name: str, fsdp: bool) -> torch.device:
             here = f"process {local + 1} of this machine, which has {gpus} GPU(s)"
             raise ValueError(f"--device {name}: {here}")
         auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-        device = torch.device(auto if name in ("auto", "cuda") else name)
+        ours = name == "auto" or (name == "cuda" and gpus > 0)  # without a GPU "cuda" is refused
+        device = torch.device(auto if ours else name)
         if fsdp and device.type != torch.device(auto).type:
             kind = torch.device(auto).type
             raise ValueError(f"--device {name}: fsdp spreads the model over {kind} devices here")

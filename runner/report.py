@@ -1,6 +1,6 @@
 """report.html: what a run did. Its curves, and what GRPO pushed up and down, token by token.
 
-    python -m runner.report RUN_FOLDER [--updates 10 50]     # every run ends with one by itself
+    python -m runner.report RUN_FOLDER [--updates 10 50]     # a run that ends well has one
 
 The page needs no network and has no script in it.
 """
@@ -208,7 +208,8 @@ def changes(sample: dict[str, Any]) -> list[float]:
 def clipped(sample: dict[str, Any], args: GRPOConfig | None) -> list[bool]:
     """Which tokens the update has brought to the bound on their ratio, against the sampler's."""
     A, logs = sample.get("advantage") or 0.0, changes(sample)
-    if args is None or args.loss_type in ("sapo", "vespo"):  # which bend and do not clip
+    # these bend and do not clip, or bound something else than the ratio of a token
+    if args is None or args.loss_type in ("sapo", "vespo", "opmd", "dppo", "gmpo"):
         return [False] * len(logs)
     if args.importance_sampling_level == "sequence":
         logs = [sum(logs) / max(len(logs), 1)] * len(logs)
