@@ -10,8 +10,8 @@ With LoRA (lora.py) the reference policy is the model with its adapter off: no s
 
 In order: the objective, settings, the trainer (`update` is the algorithm), rollout and
 log-probabilities: that is GRPO. Then: the model as two parts, data, processes. On a first reading
-follow the defaults (the ratio of a token, the surrogate clip, the aggregation token), look up
-settings as you meet them, and pass over what is for running and setting up.
+follow the defaults (scale group, ratio token, surrogate clip, aggregation token), look up settings
+as you meet them, and pass over the trainer's parts "running" and "setting up".
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
 a prompt are adjacent. b: a part of the B. (Rows of the data are dicts, one for each prompt.) L
@@ -47,7 +47,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, get_scheduler
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lora import LoRALinear, default_reference, lora_merged, param_groups, save_lora
+from lora import LoRALinear, default_reference, lora_merged, lora_snapshot, param_groups, save_lora
 from rewards import OPENED, call_rewards, check_row, reward_function, reward_name
 
 # isort: split
@@ -61,10 +61,10 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
 
     rewards: (P, G), NaN where there is none. Returns (P, G). scale is the denominator: "group"
     (GRPO), the group's std + eps; "batch", the std of all rewards + eps; "none" (Dr. GRPO), 1;
-    "mean" (MaxRL, for rewards >= 0), mean_g, and A is 0 where that is 0; "leave_one_out" (RLOO),
-    (G-1)/G: each reward minus the mean of the others. Every std has ddof 1. A completion without a
-    reward leaves the statistics and gets 0. A group of equal rewards, or with a single one, gets
-    exactly 0. Raises ValueError for other shapes and scales. (Shao et al. 2024, 4.1.2)
+    "mean" (MaxRL, for rewards >= 0), mean_g, where that is above 0, else A is 0; "leave_one_out"
+    (RLOO), (G-1)/G: each reward minus the mean of the others. Every std has ddof 1. A completion
+    without a reward leaves the statistics and gets 0. A group of equal rewards, or with a single
+    one, gets exactly 0. Raises ValueError for other shapes and scales. (Shao et al. 2024, 4.1.2)
 
     >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
     >>> group_advantages(rewards, scale="none")
@@ -79,7 +79,7 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
     mean, n = rewards.nanmean(dim=1, keepdim=True), valid.sum(dim=1, keepdim=True).to(rewards)
     divisor = {
         "group": _nanstd(rewards, dim=1) + eps, "batch": _nanstd(rewards.flatten(), dim=0) + eps,
-        "none": torch.ones_like(mean), "mean": mean, "leave_one_out": (n - 1) / n,
+        "none": torch.ones_like(mean), "mean": mean.clamp(min=0), "leave_one_out": (n - 1) / n,
     }[scale]  # fmt: skip
     low = rewards.masked_fill(~valid, math.inf).amin(dim=1, keepdim=True)
     high = rewards.masked_fill(~valid, -math.inf).amax(dim=1, keepdim=True)
@@ -174,7 +174,7 @@ def grpo_loss(
     A: the row's advantage. ε is epsilon, ε₊ epsilon_high (None: ε), δ delta (None: no bound).
     sg(x): x without its gradient. σ: the sigmoid. N: the number of tokens in the mask.
 
-    1. The ratio ρ compares the policy with the one that sampled.
+    1. The ratio ρ compares the policy with what it was before the batch's first update.
          token      ρ = exp(logp - old_logp)
          sequence   ρ = exp(row mean of (logp - old_logp)), one a row; GSPO
     2. The surrogate is the loss l of one token. (vespo, gmpo and opmd ignore the level.)
@@ -197,9 +197,9 @@ def grpo_loss(
 
     logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,).
     mask: (B, T) bool, see completion_mask; what lies outside has no influence, even NaN.
-    token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: N,
-    or the number of rows, of the whole optimiser batch, so that the losses of micro-batches add up
-    to the batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over
+    token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: N
+    (token) or the rows (else) of the whole optimiser batch, so that the losses of micro-batches add
+    up to the batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over
     this call's tokens. Raises ValueError for shapes that do not fit and for a missing argument.
     With ρ = 1 there is a gradient all the same: d exp(logp - sg(logp)) = d logp.
     """
@@ -344,7 +344,7 @@ class GRPOConfig:
     modules_to_save_learning_rate: float | None = setting(
         None, "For parameters trained in full. None: learning_rate.", above=0)
     lr_scheduler_type: str = setting(SCHEDULES[0], "Of the learning rate.", choices=SCHEDULES)
-    warmup_steps: int = setting(0, "Updates over which the rate rises to its peak.", at_least=0)
+    warmup_steps: int = setting(0, "Updates in which the rate rises (not if constant).", at_least=0)
     weight_decay: float = setting(0.0, "AdamW's.", at_least=0)
     max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm.", above=0)
     gradient_checkpointing: bool = setting(False, "Less memory for activations, more time.")
@@ -405,9 +405,9 @@ class MicroBatch:
     """Some groups of a rollout, and what is known of them."""
 
     prompts: list[int]  # indices into the whole rollout's prompts
-    rollout: "Rollout"
+    rollout: "Rollout"  # ids and masks; its logps are the sampler's
     advantages: Tensor  # (b,)
-    old_logps: Tensor | None = None  # (b, T), like the rest; None until the first forward
+    old_logps: Tensor | None = None  # (b, T), as those below; None until the first forward
     ref_logps: Tensor | None = None
     uncertain: Tensor | None = None  # of this update
 
@@ -430,7 +430,7 @@ class GRPOTrainer:
     step = 0  # optimiser updates made
     end: int  # the update at which this call of train ends
     tokens = 0  # of all rows sampled for updates, each with its prompt
-    stop = False  # set from outside: the batch in hand is finished, then train returns
+    stop = False  # set from outside: train ends with this batch; if a callback sets it, the next
     samples: Rows = ()  # of the last batch
     eval_samples: Rows = ()  # of an evaluation after it
     last_batch: tuple["Rollout", list[MicroBatch]]
@@ -453,8 +453,8 @@ class GRPOTrainer:
         tokens, count = sum(gather(int(mask.sum()))), sum(gather(len(mask)))  # of all processes
         aggregation = AGGREGATION[args.loss_type]
         normalizer = tokens if aggregation == "token" else count
-        # d loss / d logp is about 1/tokens (luspo: 1/count), too small for float16. So the loss
-        # goes through the backward pass times a power of two, which rounds nothing.
+        # d loss / d logp is about 1/tokens (luspo: 1/count), which float16 may lose. So the loss is
+        # scaled by a power of two, which rounds nothing; reduce_and_clip divides it out.
         loss_scale = 2.0 ** int(math.log2(max(1, count if aggregation == "row_sum" else tokens)))
         micro_batches = self.micro_batches(rollout, advantages)
 
@@ -475,7 +475,7 @@ class GRPOTrainer:
                         token_weights=self.token_weights(batch, logps.detach(), batch.old_logps),
                         normalizer=normalizer, **self.objective,  # the settings of this loss
                     )  # fmt: skip
-                    (loss * loss_scale).backward()  # within: it may run layers again
+                    (loss * loss_scale).backward()  # it may run layers again, in eval mode
                     total += loss.item()
                     stats["entropy"] = entropies[kept].mean().item()
                     stats[GAP] = (batch.old_logps - piece.logps)[kept].abs().mean().item()
@@ -502,8 +502,8 @@ class GRPOTrainer:
         args = self.args
         prompts = [torch.tensor(self.encode(row), device=self.device) for row in rows]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
-        skipped = (self.rank * len(rows) * num_generations, args.max_completion_length)
-        torch.rand(*skipped, generator=self.generator, dtype=torch.float64)  # those of lower ranks
+        before = (self.rank * len(rows) * num_generations, args.max_completion_length)
+        torch.rand(*before, generator=self.generator, dtype=torch.float64)  # lower ranks' draws
         with lora_merged(self.model) if self.merges else nullcontext():
             return self.engine.generate(
                 self.model, ids.masked_fill(ids < 0, self.pad_token_id), ids >= 0,
@@ -513,7 +513,7 @@ class GRPOTrainer:
             )  # fmt: skip
 
     def score(self, rows: Rows, rollout: "Rollout") -> tuple[Tensor, Rows]:
-        """Each reward of each completion, (P, G, K) float64 with NaN for None; and samples, which
+        """Every completion's rewards, (P·world, G, K) float64, NaN for None; and samples, which
         record each completion's prompt, text, lengths and rewards. Both are of all processes."""
         G = rollout.num_generations
         rows = [row for row in rows for _ in range(G)]  # the data's row of each completion
@@ -797,7 +797,7 @@ class GRPOTrainer:
         for name, parameter in self.params.items():
             parameter.copy_(state["trainable"][name])
         if state["reference"] is not None:
-            self.reference.tensors = state["reference"]  # type: ignore[attr-defined]
+            self.reference = lora_snapshot(self.model, state["reference"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -955,7 +955,7 @@ def generate(
 def _write_rows(
     lm: "CausalLM", prompt: Tensor, seen: Tensor, draws: Tensor, temperature: float, eos: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The decode loop: prompt, seen (p, L), draws (b, T) -> token ids and log-probs, (b, T) each.
+    """The decode loop: p prompts, seen (p, L), draws (b, T), b = p·G -> ids, logps, (b, T) each.
     A recurrent model, whose cache cannot be repeated, reads each row again for each token."""
     (b, T), G, device = draws.shape, len(draws) // len(prompt), prompt.device
     rows = torch.arange(b, device=device)  # those that are still in the batch, r of the b
@@ -978,7 +978,7 @@ def _write_rows(
             break
         context, seen = torch.cat([context, tokens], dim=1), pad(seen, (0, 1), value=True)
         if left < len(rows) * lm.drop_below:
-            kept = going.nonzero().squeeze(1)
+            kept = going.nonzero().squeeze(1).cpu()  # layers may lie on several devices
             rows, going, context, seen = rows[kept], going[kept], context[kept], seen[kept]
             if cache is not None:
                 cache.batch_select_indices(kept)
@@ -1029,7 +1029,7 @@ def completion_logps(
     share, parts = share_prompt and lm.takes_cache and not again, []
     for prompt, seen, rows in lm.prompt_batches(rollout.prompt_ids, rollout.prompt_mask, G, share):
         inputs = rollout.completion_ids[rows, : T - 1]  # the last token predicts nothing here
-        all_seen = pad(seen.repeat_interleave(G, dim=0), (0, T - 1), value=True)  # later is unseen
+        all_seen = pad(seen.repeat_interleave(G, dim=0), (0, T - 1), value=True)  # causal
         if share:  # prompts are left-padded: the last state of each is real
             cache = lm.new_cache()
             hidden = lm.hidden(prompt, seen, cache)[:, -1:].repeat_interleave(G, dim=0)
@@ -1108,11 +1108,11 @@ class CausalLM:
         if self.takes_positions:
             positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
             kwargs["position_ids"] = positions[:, -ids.shape[1] :]
-        return self.decoder(input_ids=ids, **kwargs)[0]
+        return self.decoder(input_ids=ids, **kwargs)[0].to(ids.device)  # from the last of several
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V), by the model's own head, whatever that does; at least float32."""
-        decoder = Mock(return_value=_DecoderOutput([hidden.unsqueeze(0)]))
+        decoder = Mock(return_value=_DecoderOutput(hidden.unsqueeze(0)))
         # torch calls this in place of forward and its hooks (it is what compiling a module sets)
         with patch.object(self.decoder, "_compiled_call_impl", decoder):
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
@@ -1143,11 +1143,11 @@ class CausalLM:
         return torch.cat(logps), torch.cat(entropies)
 
 
-class _DecoderOutput(tuple):
+class _DecoderOutput(transformers.modeling_outputs.BaseModelOutput):
     """A decoder's output, by position or by name. All but the hidden states are None."""
 
-    def __getattr__(self, name: str) -> Any:
-        return self[0] if name == "last_hidden_state" else None
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def check_causal(core: Any, peft_config: dict[str, Any]) -> None:

@@ -291,9 +291,9 @@ def _insert(model: Any, config: LoRAConfig, layers: Adapters) -> Any:
     for name, layer in layers.items():
         layer.train(model.get_submodule(name).training)
         model.set_submodule(name, layer)
-    targets = [name for name, layer in layers.items() if isinstance(layer, LoRALinear)]
-    saved = [name for name in layers if name not in targets]
-    model.lora_config = replace(config, target_modules=targets, modules_to_save=saved or None)
+    names = [name for name, layer in layers.items() if isinstance(layer, LoRALinear)]
+    saved = [name for name in layers if name not in names] or None
+    model.lora_config = replace(copy.deepcopy(config), target_modules=names, modules_to_save=saved)
     return model
 
 
@@ -358,9 +358,9 @@ class lora_snapshot:
     """The policy as it is now, frozen. `with snapshot(): ...` runs the model with these weights.
     It copies only what is trained. Its whole state is `tensors` (name -> Tensor)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tensors: dict[str, Tensor] | None = None) -> None:
         self.model, named = model, model.named_parameters()
-        self.tensors = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        self.tensors = tensors or {n: p.detach().clone() for n, p in named if p.requires_grad}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

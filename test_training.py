@@ -1022,16 +1022,15 @@ def test_training_until_the_middle_of_a_batch_ends_before_it_as_an_end_ends():
 def test_a_trainer_goes_on_from_the_state_of_another():
     """Weights, moments, schedule and reference: the next update is the same, to the bit."""
     settings = {"beta": 0.1, "lr_scheduler_type": "linear", "max_steps": 4}
-    make = lambda: trainer(
-        with_adapters(tiny_model()), **settings
-    )  # not new: the reference is a copy
-    first, second = make(), make()
-    first.train(until=2)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert second.step == 2 and second.tokens == first.tokens > 0
-    assert first.train()["loss"] == second.train()["loss"]
-    for name, p in first.params.items():
-        assert torch.equal(p, second.params[name])
+    for fresh in (False, True):  # an adapter that is not new has a copy for its reference
+        first = trainer(with_adapters(tiny_model()), **settings)
+        second = trainer(with_adapters(tiny_model(), random=not fresh), **settings)
+        first.train(until=2)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        assert second.step == 2 and second.tokens == first.tokens > 0
+        assert first.train()["loss"] == second.train()["loss"]
+        for name, p in first.params.items():
+            assert torch.equal(p, second.params[name])
 
 
 # --------------------------------------------------------------------------------- rewards and data

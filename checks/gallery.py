@@ -326,8 +326,7 @@ GALLERY = [
         "test_doras_magnitude_keeps_small_updates_on_a_bf16_base"),
     Bug(36, "white space taken out of answers, so that 1 1/2 is 11/2",
         "hendrycks/math, modeling/math_equivalence.py", "rewards.py",
-        '(r"(?:(?<!\\\\)\\\\[ ,;:]|~|\\\\q?quad(?![A-Za-z])|\\s)+", " ")',
-        '(r"(?:(?<!\\\\)\\\\[ ,;:]|~|\\\\q?quad(?![A-Za-z])|\\s)+", "")',
+        '|\\\\q?quad(?![A-Za-z])|\\s)+", " ")', '|\\\\q?quad(?![A-Za-z])|\\s)+", "")',
         "test_answers_match_examples"),
     Bug(36, "x = 3 and y = 3 are one answer: what stands before the sign is dropped",
         "hendrycks/math, modeling/math_equivalence.py", "rewards.py",
@@ -437,7 +436,7 @@ GALLERY = [
         "test_a_reward_that_fails_is_named"),
     Bug(59, "0.333... is taken for 0.333",
         "this project", "rewards.py",
-        r'(?<!\.)\.?[,;:\s]*$', r'[.,;:\s]*$',
+        r'(?<![.\s])\s*\.?[,;:\s]*$', r'[.,;:\s]*$',
         "test_answers_match_examples"),
     Bug(60, "a number is looked for by a pattern that gives digits back, in cubic time",
         "this project", "rewards.py",
@@ -463,13 +462,13 @@ GALLERY = [
         "test_a_resumed_run_is_evaluated_on_the_rows_that_it_was"),
     Bug(65, "digits lose their leading zeros, so that 0,05 is 0,5 and 1/11 is 1",
         "this project", "rewards.py",
-        r"(?!(?<=[^\n])0[0-9])", "", "test_answers_match_examples"),
+        r"(?!(?<=[^\n])0[0-9]|-0,|[+-]?[0-9]+\.000,)", "", "test_answers_match_examples"),
     Bug(66, "any word is a unit, so that 2 theta is 2",
         "this project", "rewards.py",
-        "|[a-z]*[a-rt-z]s)", "|[a-z]*)", "test_answers_match_examples"),
+        "|[a-z]{2,}[a-rt-z]s)", "|[a-z]*)", "test_answers_match_examples"),
     Bug(66, "short names lose their case, so that AB is ab, and MPa mPa",
         "this project", "rewards.py",
-        r"[^\W\d_][^\W\d_A-Z]{2,}|[A-Z]{4,}", r"[^\W\d_]{2,}", "test_answers_match_examples"),
+        r"[^\W\d_][^\W\d_A-Z]{3,}|[A-Z]{4,}", r"[^\W\d_]{2,}", "test_answers_match_examples"),
     Bug(66, "a sum of money in one currency is that in another",
         "this project", "rewards.py",
         "dollar(text)", "unwrap(str(text))", "test_answers_match_examples"),
@@ -495,6 +494,29 @@ GALLERY = [
         "this project", "lora.py",
         "type(parameter) is nn.Parameter and parameter.is_floating_point()", "True",
         "test_a_merged_and_unloaded_model_keeps_what_was_trained_in_full"),
+    Bug(73, "a language model inside a model for images cannot be run",
+        "this project", "grpo_lora.py",
+        "_DecoderOutput(transformers.modeling_outputs.BaseModelOutput):", "_DecoderOutput(tuple):",
+        "test_a_model_for_text_and_images_trains_on_text"),
+    Bug(74, "where the mean of a group's rewards is negative, MaxRL's advantages point the wrong way",
+        "this project", "grpo_lora.py",
+        "mean.clamp(min=0)", "mean", "test_max_rl_divides_by_no_negative_mean"),
+    Bug(75, "a state with a frozen reference is loaded, and the reference is the base model",
+        "this project", "grpo_lora.py",
+        'self.reference = lora_snapshot(self.model, state["reference"])',
+        'self.reference.tensors = state["reference"]',
+        "test_a_trainer_goes_on_from_the_state_of_another"),
+    Bug(76, "--device cuda trains on the CPU where there is no GPU",
+        "this project", "runner/processes.py",
+        '(name == "cuda" and gpus > 0)', 'name == "cuda"',
+        "test_a_gpu_that_is_not_there_is_refused"),
+    Bug(77, "a run that was killed before its first checkpoint is resumed as another one",
+        "this project", "runner/checkpoints.py",
+        'if (root / "run.json").exists():', "if False:",
+        "test_a_run_without_a_checkpoint_is_not_taken_for_another_when_it_is_resumed"),
+    Bug(78, r"a set of commands that never closes is read in exponential time",
+        "this project", "rewards.py",
+        r"\\[A-Za-z]++|", r"\\[A-Za-z]+|", "test_a_set_that_never_closes_is_passed_over_at_once"),
 ]
 # fmt: on
 
@@ -504,6 +526,7 @@ PROJECT = {"lora", "rewards", "grpo_lora", "runner", "checks", "test_math", "tes
 STAY = {"checks.gallery", "checks.test_gallery"}  # they do the loading
 # where the tests named above live
 TESTS = ("test_math", "test_training", "checks.test_trainer", "checks.test_runner")
+TESTS += ("checks.test_families", "checks.test_processes")
 
 
 def is_ours(name: str) -> bool:

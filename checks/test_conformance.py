@@ -53,7 +53,7 @@ FUNCTIONS = {
 ELSEWHERE = {  # patches in these functions of what an adapter cannot show
     "reentrant", "DoRA", "merge", "dropout", "bound to no module", "alpha/sqrt(r)", "PiSSA",
     "tied embedding", "not restored", "disable re-enables", "a mask that is not its own",
-    "no reward at all", "carry a gradient", "float16",
+    "no reward at all", "carry a gradient", "float16", "MaxRL's advantages",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+import grpo_lora
 from grpo_lora import completion_logps, generate
 from lora import LoRAConfig, apply_lora, load_lora, lora_disabled, save_lora
 from runner import fast
@@ -225,3 +226,50 @@ def test_family_is_scored_as_it_is_sampled(family, tmp_path):
         logps.sum().backward()
         assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
         assert not logps.any() and not entropies.any()
+
+
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "image_size": 28, "patch_size": 14, "depth": 1, "num_heads": 4, "out_hidden_size": 32,
+    "fullatt_block_indexes": [0],
+}  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+WRAPPERS = {  # what their text_config needs
+    "gemma3": GEMMA,
+    "qwen2_vl": {"rope_parameters": MROPE},
+    "qwen2_5_vl": {"rope_parameters": MROPE},
+    "mistral3": HEAD_DIM,
+    "llava": {},
+}
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_a_model_for_text_and_images_trains_on_text(family):
+    """The language model inside is sampled and scored as the whole model's own forward has it."""
+    # such a model unpacks what its decoder returns
+    assert issubclass(grpo_lora._DecoderOutput, transformers.utils.ModelOutput)
+    config = transformers.AutoConfig.for_model(family)
+    kinds = type(config.text_config), type(config.vision_config)
+    config.text_config = kinds[0](**FAMILY_SIZES | WRAPPERS[family])
+    config.vision_config = kinds[1](**VISION)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    apply_lora(model, LoRAConfig(r=2, target_modules=r".*language_model.*_proj"))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    ids, seen = torch.arange(3, 17).view(2, 7), torch.arange(7) >= torch.tensor([[3], [0]])
+    for engine in (grpo_lora, fast):
+        rollout = engine.generate(
+            model, ids, seen, num_generations=2, max_completion_length=5, temperature=0.7,
+            eos_token_ids=[], pad_token_id=0, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        logps, _ = engine.completion_logps(model, rollout, temperature=0.7)
+        torch.testing.assert_close(rollout.logps, logps.detach(), **CLOSE)
+        logps.sum().backward()
+        for i, row in enumerate(rollout.completion_ids):
+            whole = torch.cat([ids[i // 2][seen[i // 2]], row]).unsqueeze(0)
+            with torch.no_grad():
+                log_probs = (model(input_ids=whole).logits[0] / 0.7).log_softmax(dim=-1)
+            right = log_probs[:-1].gather(1, whole[0, 1:, None])[-5:, 0]
+            torch.testing.assert_close(logps[i].detach(), right, **CLOSE)

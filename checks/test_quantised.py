@@ -105,6 +105,8 @@ def test_a_quantised_model_in_half_precision_is_merged_into_one_that_runs(kind, 
     after = logits(model, IDS)
     with lora_merged(model):
         torch.testing.assert_close(logits(model, IDS), after, atol=0.2, rtol=0.1)
+        rollout = sample(model, *prompts(), engine=fast)
+        assert rollout.logps.isfinite().all()
     torch.testing.assert_close(logits(merge_and_unload(model), IDS), after, atol=0.2, rtol=0.1)
 
 

@@ -662,6 +662,7 @@ def test_a_record_is_of_one_run_and_one_share_of_groups_is_dead(tmp_path):
 HOSTILE = [
     r"\boxed{", "{", "<answer>", "</answer>", "<think>", r"\text{", r"\frac{", "####", "1,", "9",
     "\u202e", "- ", "\\", "e9", "$", "\ud800", "\n", "Step 1:", "x=", "1 ", "½", "١",
+    r"\alpha", r"\{\pi", "5 ties ", "as/",
 ]  # fmt: skip
 texts = st.one_of(
     st.text(max_size=60),
@@ -695,6 +696,9 @@ def test_rewards_take_time_linear_in_the_text(piece):
     start = time.process_time()
     for name in RANGES:
         REWARDS[name](prompts=["p"], completions=[text], answer=[text])
+    for end in ("", "x", "}"):
+        within = "5" + text[: 999 - len(end)] + end, r"\{" + text[: 998 - len(end)] + end
+        assert answers_match(*within) in (True, False)
     assert answers_match(text[:1000], text[1:1001]) in (True, False)
     # some 0.3 s where this was written; quadratic would be minutes
     assert time.process_time() - start < 5.0
