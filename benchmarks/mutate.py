@@ -239,6 +239,8 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
     ("scratch.mkdir(parents=True)", "True", "False"): "the record has made the folder",
     ("scratch.mkdir(parents=True)", "parents=True", "dropped"): "the record has made the folder",
     ("fsync(root)", "fsync(root)", "pass"): "only a power cut would tell",
+    ("fsync(scratch)", "fsync(scratch)", "pass"): "only a power cut would tell",
+    ("self.saved = -1", "1", "2"): "no update has either number",
     ("os.fsync(handle)", "os.fsync(handle)", "pass"): "only a power cut would tell",
     ('saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)',
      "map_location='cpu'", "dropped"): "there is a CPU alone",

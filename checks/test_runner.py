@@ -513,9 +513,17 @@ def test_a_reference_and_a_reward_of_the_same_name_are_told_apart_when_a_run_is_
 
 
 def test_an_update_is_saved_once(tmp_path):
-    t = run(tmp_path, max_steps=2)
+    folder = tmp_path / "a" / "b"
+    t = run(folder, max_steps=2)
     t.callbacks[-2].save(t)
-    assert sorted(p.name for p in tmp_path.glob("*checkpoint*")) == ["checkpoint-2"]
+    assert sorted(p.name for p in folder.glob("*checkpoint*")) == ["checkpoint-2"]
+
+
+def test_processes_that_find_different_checkpoints_go_no_further(tmp_path, monkeypatch):
+    run(tmp_path, max_steps=2)
+    monkeypatch.setattr(checkpoints, "gather", lambda step: [step, 0])
+    with pytest.raises(checkpoints.ResumeError, match="output_dir must be on a disk that all"):
+        run(tmp_path, max_steps=4, resume=True)
 
 
 def test_a_run_of_no_updates_ends_well(model_dir, data, tmp_path, capsys):
