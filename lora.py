@@ -120,7 +120,7 @@ class LoRALinear(_Switchable):
         self.lora_A = nn.Linear(sizes[0], r, **options)
         self.lora_B = nn.Linear(r, sizes[1], **options)
         self.lora_magnitude_vector: Any = None  # DoRA's m
-        self.residual: Tensor | None  # PiSSA: W less the first s·B A, while on
+        self.residual: Tensor | None  # PiSSA: W less the initial s·B A; in W's place
         self.register_buffer("residual", None, persistent=False)
         self.merged: Tensor | None = None  # (out, in), within lora_merged
         with torch.no_grad():
@@ -182,7 +182,7 @@ class LoRALinear(_Switchable):
         if self.lora_magnitude_vector is None:  # in place: no third tensor of this size
             return change.mul_(self.scaling).add_(result).to(result.dtype)
         plain = result if bias is None else result - bias
-        if dropout:  # which base(x) in what DoRA adds sees too
+        if dropout:  # the formula's second base(x) sees dropout too
             plain = F.linear(x_adapter, self._frozen().to(x_adapter.dtype))
         ratio = self.lora_magnitude_vector / self._norm().detach()
         added = (ratio - 1) * plain + ratio * change * self.scaling  # in PEFT's order
@@ -345,7 +345,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     layers = [m for m in _adapters(model).values() if isinstance(m, LoRALinear)]
     with ExitStack() as stack:
         for layer in layers:
-            # autograd calls a hook with a gradient: weight's of a forward inside, B's of one before
+            # hooks see gradients: weight's after a forward inside, B's after one made before
             weight = layer.merged_weight().detach().requires_grad_()
             weight.register_hook(refuse)
             if layer.lora_B.weight.requires_grad:
@@ -436,7 +436,7 @@ def param_groups(
 
 
 PREFIX = "base_model.model."  # PEFT's nesting: PeftModel.base_model (a LoraModel) .model
-# values of PEFT settings we lack that do nothing (as do None, False and empty ones)
+# PEFT settings that we lack, at values that do nothing (None, False and empty ones do nothing)
 INACTIVE = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 IGNORED = "base_model_name_or_path peft_type task_type peft_version".split()
 IGNORED += "revision inference_mode fan_in_fan_out auto_mapping".split()

@@ -161,7 +161,7 @@ def _value(match: re.Match[str]) -> str:
 
 def answers_match(answer: Any, gold: Any) -> bool:
     """Whether two answers are surely equal, by canonical_answer. None equals nothing. A leading
-    "x =" counts only where both have one, and so does a unit after a number.
+    "x =" counts only where both have one, and so does a unit after a number. An unpaired $ is one.
 
     >>> answers_match("1,234.0", "1234"), answers_match("1", "12345"), answers_match(None, None)
     (True, False, False)

@@ -1011,28 +1011,6 @@ def test_reward_rises_on_a_task_that_can_be_learnt():
     assert t.train()["reward"] > 0.9
 
 
-def test_training_until_the_middle_of_a_batch_ends_before_it_as_an_end_ends():
-    seen = []
-    note = lambda t, metrics: seen.append((t.step, t.end, "eval_reward" in metrics))
-    options = {"num_iterations": 2, "max_steps": 8, "callbacks": [note], "eval_rows": ROWS[:2]}
-    assert trainer(**options).train(until=5)["step"] == 4
-    assert seen == [(0, 4, True), (2, 4, False), (4, 4, True)]
-
-
-def test_a_trainer_goes_on_from_the_state_of_another():
-    """Weights, moments, schedule and reference: the next update is the same, to the bit."""
-    settings = {"beta": 0.1, "lr_scheduler_type": "linear", "max_steps": 4}
-    for fresh in (False, True):  # an adapter that is not new has a copy for its reference
-        first = trainer(with_adapters(tiny_model()), **settings)
-        second = trainer(with_adapters(tiny_model(), random=not fresh), **settings)
-        first.train(until=2)
-        second.load_state_dict(copy.deepcopy(first.state_dict()))
-        assert second.step == 2 and second.tokens == first.tokens > 0
-        assert first.train()["loss"] == second.train()["loss"]
-        for name, p in first.params.items():
-            assert torch.equal(p, second.params[name])
-
-
 # --------------------------------------------------------------------------------- rewards and data
 
 
@@ -1111,23 +1089,6 @@ def test_half_precision_keeps_a_gradient_that_is_divided_by_a_million_tokens(
     exact = gradient(torch.float32, 2**14)
     assert torch.cosine_similarity(big, exact, dim=0) > 0.999
     assert big.norm().item() == pytest.approx(exact.norm().item(), rel=0.05)
-
-
-def test_a_schedule_that_goes_on_to_a_later_end_has_the_rate_of_a_straight_run():
-    for kind in ("linear", "cosine", "constant_with_warmup"):
-        make = lambda steps, kind=kind: trainer(
-            lr_scheduler_type=kind, warmup_steps=1, max_steps=steps
-        )
-        short, straight, longer = make(2), make(6), make(6)
-        short.train()
-        straight.train(until=2)
-        longer.load_state_dict(copy.deepcopy(short.state_dict()))
-        used: list[float] = []
-        for t in (longer, straight):
-            note = lambda optimizer, *_, used=used: used.append(optimizer.param_groups[0]["lr"])
-            t.optimizer.register_step_pre_hook(note)
-            assert update(t, 2)["learning_rate"] == used[-1] > 0
-        assert used[0] == used[1]
 
 
 def test_the_tokens_that_count_in_an_update_are_the_uncertain_ones():

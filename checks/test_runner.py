@@ -493,6 +493,10 @@ def test_a_run_without_a_checkpoint_is_not_taken_for_another_when_it_is_resumed(
     with pytest.raises(checkpoints.ResumeError, match=r"resume: beta was 0.0, now 0.1"):
         run_trainer(resume=True, beta=0.1, **args).train()
     assert (tmp_path / "run.json").read_bytes() == before
+    (tmp_path / "run.json").write_text("{torn")
+    with pytest.raises(checkpoints.ResumeError, match=r"resume: .*run.json cannot be read: "):
+        run_trainer(resume=True, **args).train()
+    (tmp_path / "run.json").write_bytes(before)
     run_trainer(resume=True, **args).train()
 
 

@@ -212,7 +212,7 @@ def load_newest(trainer: GRPOTrainer, same: dict[str, Any]) -> None:
         what = f"{root} holds the adapter of a run that ended, and no intact checkpoint"
         raise ResumeError(f"resume: {what}; name a new folder, as this would write over it")
     if (root / "run.json").exists():
-        check_same(json.loads((root / "run.json").read_text(encoding="utf-8")), same)
+        check_same(read_identity(root), same)
     say(f"resume: no intact checkpoint in {root}, starting at the beginning")
 
 
@@ -232,6 +232,15 @@ def write_identity(root: Path, same: dict[str, Any]) -> None:
     scratch.write_text(to_json(same) + "\n", encoding="utf-8")
     fsync(scratch)
     os.replace(scratch, root / "run.json")
+
+
+def read_identity(root: Path) -> dict[str, Any]:
+    """What write_identity wrote. Raises ResumeError for a file that it did not write."""
+    try:
+        return dict(json.loads((root / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        what = f"{root / 'run.json'} cannot be read: {error}"
+        raise ResumeError(f"resume: {what}; name a new folder") from None
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], str]:

@@ -383,8 +383,8 @@ class _FasterHead(TorchFunctionMode):
 def packed(model: nn.Module) -> Iterator[None]:
     """Within it merged weights (lora.lora_merged) lie in blocks of 16 outputs."""
     modules = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    modules = [m for m in modules if is_dense(m.base_layer)]  # else merged has a dtype of its own
     layers = [m for m in modules if m.merged is not None and not m.disabled]
-    layers = [m for m in layers if is_dense(m.base_layer)]  # else another dtype than the model's
     try:
         for layer in layers:
             assert layer.merged is not None
