@@ -6,7 +6,7 @@ and log_metric. It returns one float per completion, or None for "not applicable
 That is TRL's and open-r1's signature: theirs run here, and ours there if the data has `answer`.
 
 The functions here return for any text, in linear time, and evaluate nothing that a model wrote, but
-for math_verify. Most are open-r1's; but tags need no line breaks, and lengths are in tokens.
+for math_verify. Most follow open-r1's; but tags need no line breaks, and lengths are in tokens.
 """
 
 import asyncio
@@ -131,7 +131,7 @@ def canonical_answer(answer: Any) -> Fraction | str:
     text = unwrap("".join(c for c in str(answer) if unicodedata.category(c) != "Cf"))  # invisible
     if len(text) > _LONGEST:
         return text
-    comma = "" if re.search(r"[(\[{]", text) else "|,"  # there it separates elements
+    comma = "" if re.search(r"[(\[{]", text) else "|,"  # in brackets it separates elements
     grouped = rf"(?<![0-9.,])[1-9][0-9]{{0,2}}(?:(?:\{{,\}}|,\\!|\\,{comma})[0-9]{{3}})+(?!,?[0-9])"
     text = re.sub(grouped, lambda match: re.sub("[^0-9]", "", match[0]), text)
     for pattern, replacement in _REWRITES:
