@@ -10,13 +10,13 @@ With LoRA (lora.py) the reference policy is the model with its adapter off: no s
 
 In order: the objective, settings, the trainer (`update` is the algorithm), rollout and
 log-probabilities: that is GRPO. Then: the model as two parts, data, processes. On a first reading
-follow the defaults (scale group, ratio token, surrogate clip, aggregation token), look up settings
-as you meet them, and pass over the trainer's parts "running" and "setting up".
+follow the defaults: scale group, ratio token, loss_type dapo (clip, aggregation token), beta 0 (no
+KL). Look settings up as you meet them; pass over "running" and "setting up", to sampler_weights.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
 a prompt are adjacent. b: a part of the B. (Rows of the data are dicts, one for each prompt.) L
 prompt tokens, T completion tokens, V tokens in the vocabulary, H the model's width, K reward
-functions. All are of one process, unless a comment says otherwise. Left out: see README, Limits.
+functions. All are of one process, unless a comment says otherwise. Left out: README, Limits.
 """
 
 import hashlib
@@ -157,6 +157,7 @@ AGGREGATION = {  # loss_type -> how per-token losses become one number: see grpo
     "cispo": "token", "vespo": "token", "dppo": "token", "opmd": "token", "dr_grpo": "constant",
     "luspo": "row_sum",
 }  # fmt: skip
+CLIPPED = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo")  # their surrogate is clip
 
 
 def grpo_loss(
@@ -177,8 +178,8 @@ def grpo_loss(
     1. The ratio ρ compares the policy with what it was before the batch's first update.
          token      ρ = exp(logp - old_logp)
          sequence   ρ = exp(row mean of (logp - old_logp)), one a row; GSPO
-    2. The surrogate is the loss l of one token. (vespo, gmpo and opmd ignore the level.)
-         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); all other types
+    2. The surrogate is the loss l of one token. (vespo, gmpo and opmd have no ρ but their own.)
+         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); dapo, grpo, ... (CLIPPED)
          cispo      l = -sg(min(ρ, ε₊)) A logp
          sapo       l = -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
          vespo      l = -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's ρ,
@@ -225,7 +226,7 @@ def grpo_loss(
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
-    # 1. the ratio. exp would overflow (float32: at 88), and 0 · inf make the gradient NaN
+    # 1. the ratio, bounded: exp overflows (float32: 88), and a clipped gradient, 0 · inf, is NaN
     log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))
     row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
     by_row = importance_sampling_level == "sequence"
@@ -233,7 +234,14 @@ def grpo_loss(
 
     # 2. the surrogate, and its diagnostics
     stats: dict[str, Tensor] = {}
-    if loss_type == "cispo":
+    if loss_type in CLIPPED:  # the default
+        bounded = ratio if delta is None else ratio.clamp(max=delta)
+        clipped = ratio.clamp(1 - epsilon, 1 + high)
+        loss = -torch.min(bounded * A, clipped * A)  # the worse of the two, whatever A's sign
+        low_clip, high_clip = (ratio < 1 - epsilon) & (A < 0), (ratio > 1 + high) & (A > 0)
+        stats |= {"clip_ratio/low_mean": low_clip, "clip_ratio/high_mean": high_clip}
+        stats["clip_ratio/region_mean"] = low_clip | high_clip
+    elif loss_type == "cispo":
         loss = -ratio.clamp(max=high).detach() * A * logps
         stats["cispo_clip_ratio"] = (ratio > high) & (A > 0)
     elif loss_type == "sapo":
@@ -256,13 +264,6 @@ def grpo_loss(
         stats["clip_ratio/region_mean"] = c != log_ratio
     elif loss_type == "opmd":
         loss = -A * logps + opmd_tau / 2 * log_ratio.square()
-    else:
-        bounded = ratio if delta is None else ratio.clamp(max=delta)
-        clipped = ratio.clamp(1 - epsilon, 1 + high)
-        loss = -torch.min(bounded * A, clipped * A)  # the worse of the two, whatever A's sign
-        low_clip, high_clip = (ratio < 1 - epsilon) & (A < 0), (ratio > 1 + high) & (A > 0)
-        stats |= {"clip_ratio/low_mean": low_clip, "clip_ratio/high_mean": high_clip}
-        stats["clip_ratio/region_mean"] = low_clip | high_clip
     if token_weights is not None:
         loss = loss * torch.where(mask, token_weights.detach(), 0.0)
     if beta and ref_logps is not None:
@@ -352,7 +353,7 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        clips = self.loss_type not in ("cispo", "sapo", "vespo", "dppo", "gmpo", "opmd")
+        clips = self.loss_type in CLIPPED
         if clips and self.epsilon > 1:
             raise ValueError(f"epsilon = {self.epsilon}: at most 1, as 1 - epsilon bounds a ratio")
         if self.loss_type == "cispo" and self.epsilon_high is None:
@@ -372,18 +373,17 @@ class GRPOConfig:
 
 # a paper's objective as settings, and its source: GRPOConfig(**VARIANTS[name].settings)
 Variant = namedtuple("Variant", "settings source")
-SEQUENCE = {"importance_sampling_level": "sequence"}
 VARIANTS: dict[str, Variant] = {
     "grpo": Variant({"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
                     "DeepSeekMath, arXiv 2402.03300"),
     "dr_grpo": Variant({"loss_type": "dr_grpo", "scale_rewards": "none"}, "arXiv 2503.20783"),
     "dapo": Variant({"loss_type": "dapo", "epsilon_high": 0.28}, "DAPO, arXiv 2503.14476"),
-    "gspo": Variant({"loss_type": "grpo", **SEQUENCE, "epsilon": 3e-4, "epsilon_high": 4e-4},
-                    "GSPO, arXiv 2507.18071, 5.1"),
+    "gspo": Variant({"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4,
+                     "epsilon_high": 4e-4}, "GSPO, arXiv 2507.18071, 5.1"),
     "cispo": Variant({"loss_type": "cispo", "epsilon_high": 5.0}, "arXiv 2506.13585, 2510.13786"),
     "sapo": Variant({"loss_type": "sapo"}, "Soft Adaptive Policy Optimization, arXiv 2511.20347"),
-    "luspo": Variant({"loss_type": "luspo", **SEQUENCE, "epsilon": 2e-3, "epsilon_high": 2.5e-3},
-                     "arXiv 2602.05261, 5.1"),
+    "luspo": Variant({"loss_type": "luspo", "importance_sampling_level": "sequence",
+                      "epsilon": 2e-3, "epsilon_high": 2.5e-3}, "arXiv 2602.05261, 5.1"),
     "vespo": Variant({"loss_type": "vespo"}, "VESPO, arXiv 2602.10693"),
     "dppo": Variant({"loss_type": "dppo"}, "DPPO with total variation, arXiv 2602.04879, eq. 11"),
     "gmpo": Variant({"loss_type": "gmpo", "epsilon": 0.4}, "GMPO, arXiv 2507.20673"),
@@ -430,7 +430,7 @@ class GRPOTrainer:
     step = 0  # optimiser updates made
     end: int  # the update at which this call of train ends
     tokens = 0  # of all rows sampled for updates, each with its prompt
-    stop = False  # set from outside: train ends with this batch; if a callback sets it, the next
+    stop = False  # set it, and train ends after this batch; a callback's ends it after the next
     samples: Rows = ()  # of the last batch
     eval_samples: Rows = ()  # of an evaluation after it
     last_batch: tuple["Rollout", list[MicroBatch]]
@@ -438,9 +438,9 @@ class GRPOTrainer:
     # ---- the algorithm
 
     def update(self, rows: Rows) -> dict[str, Any]:
-        """GRPO, in full: a batch of problems, and its optimiser updates. rows: the problems, rows
-        of the data, of this process. (It is process `rank` of `world`.) Returns the metrics."""
-        args, logged = self.args, []
+        """GRPO: a batch of problems, and the optimiser updates made with it. rows: the problems of
+        this process, rows of the data. (It is process `rank` of `world`.) Returns the metrics."""
+        args, logged = self.args, []  # logged: weights, and values to be averaged
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
         rewards, samples = self.score(rows, rollout)  # (P·world, G, K): of all processes
         advantages = multi_objective_advantages(
@@ -449,36 +449,36 @@ class GRPOTrainer:
         )  # fmt: skip
         if args.mask_truncated_completions:
             rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)
-        mask = rollout.completion_mask  # (B, T)
-        tokens, count = sum(gather(int(mask.sum()))), sum(gather(len(mask)))  # of all processes
-        aggregation = AGGREGATION[args.loss_type]
-        normalizer = tokens if aggregation == "token" else count
-        # d loss / d logp is about 1/tokens (luspo: 1/count), which float16 may lose. So the loss is
-        # scaled by a power of two, which rounds nothing; reduce_and_clip divides it out.
-        loss_scale = 2.0 ** int(math.log2(max(1, count if aggregation == "row_sum" else tokens)))
-        micro_batches = self.micro_batches(rollout, advantages)
+        n_tokens = sum(gather(int(rollout.completion_mask.sum())))  # of all processes, like n_rows
+        n_rows = sum(gather(len(rollout.completion_mask)))
+        average = AGGREGATION[args.loss_type]  # over tokens or rows
+        normalizer = n_tokens if average == "token" else n_rows
+        # d loss / d logp is about 1/n_tokens (luspo: 1/n_rows), which float16 may lose. So the loss
+        # is scaled by a power of two, which rounds nothing; reduce_and_clip divides it out.
+        loss_scale = 2.0 ** int(math.log2(max(1, n_rows if average == "row_sum" else n_tokens)))
+        micro_batches = self.micro_batches(rollout, advantages)  # of groups that have a gradient
 
         for _ in range(args.num_iterations):
             for parameter in self.params.values():  # those that require gradients
-                parameter.grad = torch.zeros_like(parameter)  # not None: maybe no group has a loss
-            if args.top_entropy_quantile < 1 and tokens:
+                parameter.grad = torch.zeros_like(parameter)  # not None: maybe no group has one
+            if args.top_entropy_quantile < 1 and n_tokens:
                 self.mark_uncertain_tokens(micro_batches)
             total = 0.0
-            with evaluating(self.model, adapter_dropout=True):  # dropout elsewhere is off
-                for batch in micro_batches:
-                    piece, kept = batch.rollout, batch.rollout.completion_mask
+            with evaluating(self.model, adapter_dropout=True):  # as sampled: no other dropout
+                for micro in micro_batches:
+                    piece, kept = micro.rollout, micro.rollout.completion_mask
                     logps, entropies = self.logps(piece)  # (b, T) each; piece.logps: the sampler's
-                    if batch.old_logps is None:  # the policy has not moved yet: ρ is 1
-                        batch.old_logps = logps.detach()
+                    if micro.old_logps is None:  # the batch's first update, where ρ is 1
+                        micro.old_logps = logps.detach()  # the sampler's differ by rounding
                     loss, stats = grpo_loss(
-                        logps, batch.old_logps, batch.advantages, kept, ref_logps=batch.ref_logps,
-                        token_weights=self.token_weights(batch, logps.detach(), batch.old_logps),
-                        normalizer=normalizer, **self.objective,  # the settings of this loss
+                        logps, micro.old_logps, micro.advantages, kept, ref_logps=micro.ref_logps,
+                        token_weights=self.token_weights(micro, logps.detach(), micro.old_logps),
+                        normalizer=normalizer, **self.objective,  # and its arguments in args
                     )  # fmt: skip
-                    (loss * loss_scale).backward()  # it may run layers again, in eval mode
+                    (loss * loss_scale).backward()  # within the with: it may run layers again
                     total += loss.item()
                     stats["entropy"] = entropies[kept].mean().item()
-                    stats[GAP] = (batch.old_logps - piece.logps)[kept].abs().mean().item()
+                    stats[GAP] = (micro.old_logps - piece.logps)[kept].abs().mean().item()
                     logged.append((int(kept.sum()), stats))
             if not rollout.logps.isfinite().all():
                 total = math.nan  # a broken policy shows here, also where no group needs a forward

@@ -10,14 +10,17 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import importlib
 import inspect
 import json
 import math
 import re
 import sys
+import textwrap
 import time
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -405,6 +408,32 @@ def test_a_small_alpha_and_a_rank_of_one_will_do():
 
 
 PROSE = "Natalia sold 24 clips in May. Altogether she sold 72 clips in April and May."
+
+
+def test_the_readme_s_recipe_adds_an_objective(tmp_path, monkeypatch):
+    here = Path(grpo_lora.__file__)
+    readme = here.with_name("README.md").read_text(encoding="utf-8")
+    code = readme.partition("**A new objective**")[2].split("```")[1]
+    aggregation, branch = code.removeprefix("python\n").split("\n\n")
+    source = here.read_text(encoding="utf-8")
+    after = "AGGREGATION = {.*\n", "    elif loss_type == .opmd.:\n.*\n"
+    for line, added in zip(after, (aggregation, branch), strict=True):
+        added = textwrap.indent(added + "\n", "    ")
+        source, times = re.subn(line, lambda found, added=added: found[0] + added, source)
+        assert times == 1, line
+    (tmp_path / "with_mine.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("with_mine")
+    del sys.modules["with_mine"]
+
+    logps = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
+    old, A, mask = torch.full((2, 2), -1.5), torch.tensor([1.0, -2.0]), torch.ones(2, 2).bool()
+    loss, _ = mine.grpo_loss(logps, old, A, mask, loss_type="mine")
+    loss.backward()
+    weighted = -A[:, None] * (logps.detach() - old).exp()
+    torch.testing.assert_close(loss.detach(), weighted.mean())
+    torch.testing.assert_close(logps.grad, weighted / 4)
+    assert mine.GRPOConfig(loss_type="mine").loss_type == "mine"
 
 
 def test_a_module_that_only_holds_dropouts_drops_nothing():
