@@ -98,8 +98,7 @@ def _nanstd(x: Tensor, dim: int) -> Tensor:
 def combine_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
     """R = Σ_k w_k r_k over the functions that gave a reward.    (P, G, K), (K,) -> (P, G)
     NaN where no function gave one. The weights are not renormalised where one is missing."""
-    none = rewards.isnan().all(dim=-1)
-    return torch.where(none, math.nan, (rewards * weights).nansum(dim=-1))
+    return torch.where(rewards.isnan().all(-1), math.nan, (rewards * weights).nansum(-1))
 
 
 def multi_objective_advantages(
@@ -512,6 +511,11 @@ class GRPOTrainer:
                 pad_token_id=self.pad_token_id, generator=self.generator,
             )  # fmt: skip
 
+    def encode(self, row: dict[str, Any]) -> list[int]:
+        """The prompt's token ids."""
+        options = (self.args.chat_template_kwargs or {}) | (row.get("chat_template_kwargs") or {})
+        return encode_prompt(row["prompt"], self.tokenizer, self.args.system_prompt, **options)
+
     def score(self, rows: Rows, rollout: "Rollout") -> tuple[Tensor, Rows]:
         """Every completion's rewards, (P·world, G, K) float64, NaN for None; and samples, which
         record each completion's prompt, text, lengths and rewards. Both are of all processes."""
@@ -733,10 +737,6 @@ class GRPOTrainer:
         if processing_class is None and not folder:
             raise ValueError("processing_class: the model comes from no folder; pass its tokenizer")
         self.tokenizer = processing_class or AutoTokenizer.from_pretrained(folder)
-        self.encode = lambda row: encode_prompt(
-            row["prompt"], self.tokenizer, args.system_prompt,
-            **(args.chat_template_kwargs or {}) | (row.get("chat_template_kwargs") or {}),
-        )  # fmt: skip
         named = getattr(getattr(lm.core, "generation_config", None), "eos_token_id", None)
         named = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         self.eos_token_ids = [i for i in dict.fromkeys(named) if i is not None]  # every one counts

@@ -11,7 +11,6 @@ of what 24 do.
 
 import contextlib
 import dataclasses
-import gc
 import math
 import shlex
 from pathlib import Path
@@ -67,7 +66,6 @@ def tune(run: RunConfig, lora: LoRAConfig, args: GRPOConfig) -> Path:
             "resume": folder.exists(),
         }
         adapter = dataclasses.replace(lora, r=candidate.r)
-        gc.collect()  # the last candidate's model, which its trainer holds in a circle
         return prepare(dataclasses.replace(run, **options), adapter, settings)
 
     def rewards(candidate: Candidate, before: int, until: int) -> list[float]:
