@@ -10,13 +10,13 @@ With LoRA (lora.py) the reference policy is the model with its adapter off: no s
 
 In order: the objective, settings, the trainer (`update` is the algorithm), rollout and
 log-probabilities: that is GRPO. Then: the model as two parts, data, processes. On a first reading
-follow the defaults: scale group, ratio token, loss_type dapo (clip, aggregation token), beta 0 (no
-KL). Look settings up as you meet them; pass over "running" and "setting up", to sampler_weights.
+take group_advantages, completion_mask, grpo_loss with its defaults (loss_type dapo: ratio token,
+clip, aggregation token; beta 0: no KL), Rollout, `update`, and the docstrings of what it calls.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
 a prompt are adjacent. b: a part of the B. (Rows of the data are dicts, one for each prompt.) L
 prompt tokens, T completion tokens, V tokens in the vocabulary, H the model's width, K reward
-functions. All are of one process, unless a comment says otherwise. Left out: README, Limits.
+functions. All are of one process, unless a comment says otherwise. Left out: see README, Limits.
 """
 
 import hashlib
@@ -417,12 +417,12 @@ class GRPOTrainer:
     model: a causal LM of transformers, with lora.apply_lora, wrapped by peft, or fully trainable.
     reward_funcs: functions, or names in rewards.REWARDS. train_dataset, eval_dataset: sequences of
     dicts with `prompt` (text or chat messages) and any columns that the rewards use.
-    processing_class: the tokenizer. None: the model's own.
+    processing_class: the tokenizer. None: the model's own. engine: an object with `generate` and
+    `completion_logps`. None: the functions below.
     reference: a callable that returns a context manager, within which the model is the reference
     policy. None: see lora.default_reference.
     callbacks: called in order after each batch, and after a first evaluation, with the trainer and
     the metrics, to which they may add. If one has a `begin`, training calls it. A Record is last.
-    engine: an object with `generate` and `completion_logps`. None: the functions below.
     Raises ValueError, in one line, for what cannot work.
     """
 
@@ -437,54 +437,47 @@ class GRPOTrainer:
     # ---- the algorithm
 
     def update(self, rows: Rows) -> dict[str, Any]:
-        """GRPO: a batch of problems, and the optimiser updates made with it. rows: the problems of
-        this process, rows of the data. (It is process `rank` of `world`.) Returns the metrics."""
+        """GRPO: a batch of problems, rows of the data, and its updates. Returns the metrics."""
         args, logged = self.args, []  # logged: weights, and values to be averaged
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
         rewards, samples = self.score(rows, rollout)  # (P·world, G, K): of all processes
-        advantages = multi_objective_advantages(
+        advantages = multi_objective_advantages(  # by default group_advantages of Σ w_k r_k
             rewards, self.reward_weights, scale=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )  # fmt: skip
         if args.mask_truncated_completions:
             rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)
-        n_tokens = sum(gather(int(rollout.completion_mask.sum())))  # of all processes, like n_rows
-        n_rows = sum(gather(len(rollout.completion_mask)))
-        average = AGGREGATION[args.loss_type]  # over tokens or rows
-        normalizer = n_tokens if average == "token" else n_rows
-        # d loss / d logp is about 1/n_tokens (luspo: 1/n_rows), which float16 may lose. So the loss
-        # is scaled by a power of two, which rounds nothing; reduce_and_clip divides it out.
-        loss_scale = 2.0 ** int(math.log2(max(1, n_rows if average == "row_sum" else n_tokens)))
+        normalizer, loss_scale = self.normalizers(rollout.completion_mask)
         micro_batches = self.micro_batches(rollout, advantages)  # of groups that have a gradient
 
-        for _ in range(args.num_iterations):
+        for _ in range(args.num_iterations):  # if 1, ρ is 1 throughout, and nothing is clipped
             for parameter in self.params.values():  # those that require gradients
-                parameter.grad = torch.zeros_like(parameter)  # not None: maybe no group has one
-            if args.top_entropy_quantile < 1 and n_tokens:
+                parameter.grad = torch.zeros_like(parameter)  # not None: maybe all are skipped
+            if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
             total = 0.0
-            with evaluating(self.model, adapter_dropout=True):  # as sampled: no other dropout
+            with evaluating(self.model, adapter_dropout=True):  # eval mode for all else
                 for micro in micro_batches:
-                    piece, kept = micro.rollout, micro.rollout.completion_mask
+                    piece, mask = micro.rollout, micro.rollout.completion_mask
                     logps, entropies = self.logps(piece)  # (b, T) each; piece.logps: the sampler's
                     if micro.old_logps is None:  # the batch's first update, where ρ is 1
                         micro.old_logps = logps.detach()  # the sampler's differ by rounding
                     loss, stats = grpo_loss(
-                        logps, micro.old_logps, micro.advantages, kept, ref_logps=micro.ref_logps,
+                        logps, micro.old_logps, micro.advantages, mask, ref_logps=micro.ref_logps,
                         token_weights=self.token_weights(micro, logps.detach(), micro.old_logps),
-                        normalizer=normalizer, **self.objective,  # and its arguments in args
+                        normalizer=normalizer, **self.objective,  # beta, epsilon, ...: from args
                     )  # fmt: skip
-                    (loss * loss_scale).backward()  # within the with: it may run layers again
+                    (loss * loss_scale).backward()  # in the mode above: it may run layers again
                     total += loss.item()
-                    stats["entropy"] = entropies[kept].mean().item()
-                    stats[GAP] = (micro.old_logps - piece.logps)[kept].abs().mean().item()
-                    logged.append((int(kept.sum()), stats))
+                    stats["entropy"] = entropies[mask].mean().item()
+                    stats[GAP] = (micro.old_logps - piece.logps)[mask].abs().mean().item()
+                    logged.append((int(mask.sum()), stats))
             if not rollout.logps.isfinite().all():
-                total = math.nan  # a broken policy shows here, also where no group needs a forward
+                total = math.nan  # a broken policy: no step, even if no group needs a forward
             total, grad_norm = self.reduce_and_clip(total, loss_scale)
             finite = math.isfinite(total) and math.isfinite(grad_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self.schedule(self.step)  # a factor
+            for param_group in self.optimizer.param_groups:
+                param_group["lr"] = param_group["initial_lr"] * self.schedule(self.step)  # a factor
             if finite:
                 self.optimizer.step()
             self.step += 1  # skipped or not: the schedule counts updates
@@ -549,6 +542,14 @@ class GRPOTrainer:
         """Log-probs and entropies of a rollout's tokens, (b, T) each, by the model as it is."""
         return self.engine.completion_logps(self.model, rollout, temperature=self.args.temperature)
 
+    def normalizers(self, mask: Tensor) -> tuple[int, float]:
+        """grpo_loss's normalizer for mask (B, T), over all processes. And a power of two to scale
+        the loss by: float16 may lose d loss / d logp, which is about 1/tokens (luspo: 1/rows)."""
+        tokens, rows = sum(gather(int(mask.sum()))), sum(gather(len(mask)))
+        aggregation = AGGREGATION[self.args.loss_type]
+        scale = 2.0 ** int(math.log2(max(1, rows if aggregation == "row_sum" else tokens)))
+        return tokens if aggregation == "token" else rows, scale
+
     @torch.no_grad()
     def micro_batches(self, rollout: "Rollout", advantages: Tensor) -> list[MicroBatch]:
         """This process's groups, by length to save padding; with reference log-probs if beta > 0.
@@ -575,8 +576,8 @@ class GRPOTrainer:
         with evaluating(self.model):
             pairs = [(batch, self.logps(batch.rollout)[1]) for batch in batches]
         own = [x for batch, e in pairs for x in e[batch.rollout.completion_mask].tolist()]
-        everywhere = torch.tensor([*chain(*gather(own))], dtype=torch.float64)
-        threshold = everywhere.quantile(1 - self.args.top_entropy_quantile)
+        values = torch.tensor([*chain(*gather(own))], dtype=torch.float64)  # of all processes
+        threshold = values.quantile(1 - self.args.top_entropy_quantile) if len(values) else 0
         for batch, entropy in pairs:
             batch.uncertain = entropy >= threshold
 
@@ -779,7 +780,6 @@ class GRPOTrainer:
         self.callbacks = list(callbacks)
         if args.output_dir and not any(isinstance(c, Record) for c in callbacks):
             self.callbacks.append(Record())
-
         self.reward_metrics: list[Any] = []  # what reward functions log
         self.generator = torch.Generator()  # of the rollouts; see seed
 

@@ -65,8 +65,9 @@ GALLERY = [
         "test_the_sampler_and_the_scorer_agree_at_any_temperature"),
     Bug(3, "prompt tokens in the divisor",
         "CarperAI/trlx#509", "grpo_lora.py",
-        "int(rollout.completion_mask.sum())",
-        "int(rollout.completion_mask.sum() + rollout.prompt_mask.sum())",
+        "self.normalizers(rollout.completion_mask)",
+        "self.normalizers(rollout.completion_mask)\n"
+        "        normalizer += int(rollout.prompt_mask.sum())",
         "test_the_update_is_the_sum_over_rows_of_minus_a_grad_logp_under_the_normaliser"),
     Bug(4, "the log-prob function changes its inputs",
         "OpenGVLab/InternVL#1053", "grpo_lora.py",
@@ -368,16 +369,16 @@ GALLERY = [
         "test_one_reward_cannot_change_what_the_next_one_sees"),
     Bug(43, "float16 cannot hold a gradient that was divided by all tokens before the backward pass",
         "this project", "grpo_lora.py",
-        "loss_scale = 2.0 ** int(", "loss_scale = 1.0 ** int(",
+        "scale = 2.0 ** int(", "scale = 1.0 ** int(",
         "test_half_precision_keeps_a_gradient_that_is_divided_by_a_million_tokens"),
     Bug(44, "a run that is resumed to a later end begins at the rate of the old one",
         "this project", "grpo_lora.py",
-        "for group in self.optimizer.param_groups:\n"
-        '                group["lr"] = group["initial_lr"] * self.schedule(self.step)  # a factor\n'
+        "for param_group in self.optimizer.param_groups:\n"
+        '                param_group["lr"] = param_group["initial_lr"] * self.schedule(self.step)  # a factor\n'
         "            if finite:\n                self.optimizer.step()\n",
         "if finite:\n                self.optimizer.step()\n"
-        "            for group in self.optimizer.param_groups:\n"
-        '                group["lr"] = group["initial_lr"] * self.schedule(self.step + 1)\n',
+        "            for param_group in self.optimizer.param_groups:\n"
+        '                param_group["lr"] = param_group["initial_lr"] * self.schedule(self.step + 1)\n',
         "test_a_schedule_that_goes_on_to_a_later_end_has_the_rate_of_a_straight_run"),
     Bug(45, "a folder is opened to flush it, which Windows cannot",
         "this project", "runner/checkpoints.py",
