@@ -48,10 +48,8 @@ from transformers import AutoTokenizer, DynamicCache, get_scheduler
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import LoRALinear, default_reference, lora_merged, lora_snapshot, param_groups, save_lora
-from rewards import OPENED, call_rewards, check_row, reward_function, reward_name
-
-# isort: split
 from lora import check_choice, check_settings, naming, setting
+from rewards import OPENED, call_rewards, check_row, reward_function, reward_name
 
 # ---------------------------------------------------------------------------------- the objective
 
@@ -59,12 +57,13 @@ from lora import check_choice, check_settings, naming, setting
 def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
     """How much better each completion is than its group.    A = (R - mean_g) / (std + eps)
 
-    rewards: (P, G), NaN where there is none. Returns (P, G). scale is the denominator: "group"
-    (GRPO), the group's std + eps; "batch", the std of all rewards + eps; "none" (Dr. GRPO), 1;
-    "mean" (MaxRL, for rewards >= 0), mean_g, where that is above 0, else A is 0; "leave_one_out"
-    (RLOO), (G-1)/G: each reward minus the mean of the others. Every std has ddof 1. A completion
-    without a reward leaves the statistics and gets 0. A group of equal rewards, or with a single
-    one, gets exactly 0. Raises ValueError for other shapes and scales. (Shao et al. 2024, 4.1.2)
+    rewards: (P, G), NaN where there is none. Returns (P, G). The denominator, by scale:
+        group    std_g + eps (GRPO)        batch           std of all rewards + eps
+        none     1 (Dr. GRPO)              leave_one_out   (G-1)/G: R minus the mean of the others
+        mean     mean_g (MaxRL, for rewards >= 0); where that is not above 0, A is 0
+    Every std has ddof 1. A completion without a reward leaves the statistics and gets 0. A group of
+    equal rewards, or with a single one, gets exactly 0. Raises ValueError for other shapes and
+    scales. (Shao et al. 2024, 4.1.2)
 
     >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
     >>> group_advantages(rewards, scale="none")
@@ -169,7 +168,7 @@ def grpo_loss(
     token_weights: Tensor | None = None, max_completion_length: int | None = None,
     normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """The GRPO family: one loss, and its choices. (The scale of A is in group_advantages.)
+    """The GRPO family: one loss, and three choices, by default token, clip, token.
 
     A: the row's advantage. ε is epsilon, ε₊ epsilon_high (None: ε), δ delta (None: no bound).
     sg(x): x without its gradient. σ: the sigmoid. N: the number of tokens in the mask.
@@ -177,7 +176,7 @@ def grpo_loss(
     1. The ratio ρ compares the policy with what it was before the batch's first update.
          token      ρ = exp(logp - old_logp)
          sequence   ρ = exp(row mean of (logp - old_logp)), one a row; GSPO
-    2. The surrogate is the loss l of one token. (vespo, gmpo and opmd have no ρ but their own.)
+    2. The surrogate is the loss l of one token. (vespo, gmpo, opmd: always of token ratios.)
          clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); dapo, grpo, ... (CLIPPED)
          cispo      l = -sg(min(ρ, ε₊)) A logp
          sapo       l = -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
