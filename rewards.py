@@ -17,8 +17,7 @@ import itertools
 import math
 import re
 import threading
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
@@ -29,11 +28,11 @@ Rewards = list[float | None]
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion: itself, or the contents of its messages."""
+    """The text of a completion: itself, or the contents of the assistant's messages."""
+    if isinstance(completion, dict) and completion.get("role", "assistant") == "assistant":
+        completion = completion.get("content", completion.get("text"))
     if isinstance(completion, str):
         return completion
-    if isinstance(completion, dict):
-        return completion_text(completion.get("content", completion.get("text", "")))
     return "".join(map(completion_text, completion)) if isinstance(completion, list | tuple) else ""
 
 
@@ -52,8 +51,8 @@ def extract_answer(text: str) -> str | None:
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
-    hashed = [after.partition("\n")[0] for after in text.split("####")[1:]]
-    found = map(unwrap, [_last_boxed(text), *tagged[::-1], *hashed[::-1]])
+    hashed = [after.partition("\n")[0] for after in re.split("(?<!#)####(?!#)", text)[1:]]
+    found = map(unwrap, [*_boxed(text), *tagged[::-1], *hashed[::-1]])
     return next(filter(None, found), None)
 
 
@@ -66,28 +65,28 @@ def unwrap(text: str) -> str:
     return text
 
 
-def _last_boxed(text: str) -> str:
-    r"""What is in the last \boxed{...} that closes and is not empty, of nested ones the inner."""
+def _boxed(text: str) -> Iterator[str]:
+    r"""What is in each \boxed{...} that closes, of nested ones the inner; the last one first."""
     boxed = r"(?<!\\)(?:\\\\)*\\boxed"  # but no \\boxed, which is a line break and a word
-    alone = r"\s+([+-]?[0-9.,/]*[0-9])(?=[.,;:!?]?(?:\s|\$|$))(?!\s+[0-9])"  # not \boxed 2\pi
-    text = re.sub(boxed + alone, r"\\boxed{\1}", text)
-    for content in reversed(re.split(boxed + r"\s*\{(?!\s*\})", text)[1:]):
+    alone = r"\s+([+-]?[0-9.,/]*[0-9])(?=[.,;:!?]?(?:\$|[ \t]*$)|[.;:!?]\s)"  # not \boxed 2 \pi
+    text = re.sub("(?m)" + boxed + alone, r"\\boxed{\1}", text)
+    for content in reversed(re.split(boxed + r"\s*\{", text)[1:]):
         depth = 1
         for brace in re.finditer(r"\\.|[{}]", content):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
-                return content[: brace.start()]  # of nested ones the inner closes first
-    return ""
+                yield content[: brace.start()]  # of nested ones the inner closes first
+                break
 
 
 # -------------------------------------------------------------------------------- comparing answers
 
 _REWRITES = [  # notations that do not change the meaning, one after the other
     (r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf))\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\(?:left|right)(?![A-Za-z])|(?<!\\)(?:\\[!()[\]]|\$)", ""),
+    (r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)(?:\\[!()[\]]|\$)", ""),
     (r"\\(?:[dtc](frac)|(le|ge|ne)q)(?![A-Za-z])", r"\\\1\2"),  # \dfrac is \frac, \leq is \le
     (r"[\u2212\u2012\u2013\u2014]", "-"),
-    (r"\\%", "%"),
+    (r"\\%|(?<=[0-9])\s*percent$", "%"),
     (r"°|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
     (r"(?:(?<!\\)\\[ ,;:]|(?<=[\w}])~|\\q?quad(?![A-Za-z])|\s)+", " "),
     (r"(\\[A-Za-z]+) (?![A-Za-z])|(?<![^\W_]|\.) | (?![^\W_]|\.)|(?<=[0-9]) (?=[A-Za-z])", r"\1"),
@@ -104,13 +103,14 @@ _NUMBER = (  # where it stands alone, or alone between brackets and commas
     r"(%?)(?=$|[)\]},;&]|\\[\\}]|\\end)"
 )
 _UNIT = re.compile(  # up to three words at the end, one of them a plural or known; or a symbol
-    r"(?i)(?:\\[ ,;:!]|~|\s)*+(?:\\(?:text|mbox|mathrm(?=\{\s*[a-z]{2}))\s*\{|(?<=\s)|(?=[cm]m\b))"
+    r"(?i)(?:\\[ ,;:!]|~|\s)*+(?:\\(?:text|mbox|mathrm(?=\W+[a-z]{2}))\s*\{~?|(?<=\s)|(?=[cm]m\b))"
     r"(?=[a-z/\s]{0,40}(?<![a-z])(?:(?-i:[mghsLJNWV])\s*\}|(?:[ckm]m|kg|ft|lbs?|hrs?|min|sec|mph|"
     r"in|inch|feet|hour|day|year|dollar|people|(?:wo)?men|children|[a-z]{2,}[a-rt-z]s)\b))"
-    r"(?![a-z/\s]{0,40}\b(?:(?:in|sec)\s+[a-z]|(?:one|two|three|four|five|six|seven|eight|nine|ten|"
-    r"k|eleven|twelve|zero|third|(?!month)[a-z]*th|half|halve|quarter|[a-z]+(?:teen|tie|ty|illion)|"
-    r"pi|hundred|thousand|lakh|crore|dozen|score|(?:per)?cent(?:age)?|and|or|to|of|out|plus|minus|"
-    r"by|times|over|below|factorial|negative)(?:e?s)?\b))"
+    r"(?![a-z/\s]{0,40}\b(?:(?:in|sec|m|b|mm)\s+[a-z]|(?-i:MM)|(?:one|two|three|four|five|six|ten|"
+    r"seven|eight|nine|eleven|twelve|zero|third|(?!month)[a-z]*th|hal(?:f|ve)|quarter|mil(?!e)|pi|"
+    r"[a-z]+(?:teen|tie|ty|illi?one?|illiard)|hundred|thousand|lakh|crore|dozen|score|gross|grand|"
+    r"(?:per)?cent(?:age)?|and|or|to|of|out|plus|minus|by|times|over|below|factorial|negative|"
+    r"basis|k|root|repeat(?:ing)?|recurring|binary|[bmt]n)(?:e?s)?\b))"
     r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?\.?$"
     r"|(?<![^\s+-])(?:\\\$|[€£])|(?:[€£°]|\\\$|\^\s*\{?\s*\\circ\s*\}?)$"
 )
@@ -128,7 +128,7 @@ def canonical_answer(answer: Any) -> Fraction | str:
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
     """
-    text = unwrap("".join(c for c in str(answer) if unicodedata.category(c) != "Cf"))  # invisible
+    text = unwrap(re.sub("[\u200b-\u200f\u202a-\u202e\u2060\ufeff]", "", str(answer)))  # invisible
     if len(text) > _LONGEST:
         return text
     comma = "" if re.search(r"[(\[{]", text) else "|,"  # in brackets it separates elements
@@ -139,11 +139,11 @@ def canonical_answer(answer: Any) -> Fraction | str:
     text = re.sub(_NUMBER, _value, re.sub(r"(?<![.\s])\s*\.?[,;:\s]*$", "", text))
     text = re.sub(r"^[({]([^(){}[\],;]+)[)}]$", r"\1", text)  # (B) is B
     # words (yes, Anna, NONE) and a choice, B, lose their case; commands, variables, units keep it
-    word = r"(?<!\\)\b(?:(?i:yes|no)|[^\W\d_][^\W\d_A-Z]{3,}|[A-Z]{4,})\b|^\w$"
-    text = re.sub(word, lambda match: match[0].casefold(), text)
+    word = r"(?<!\\)(?<![^\\]\{)\b(?:(?i:yes|no)|[^\W\d_][^\W\d_A-Z]{3,}|[A-Z]{4,})\b|^[A-J]$"
+    text = re.sub(word, lambda match: match[0].lower(), text)
     ordered = lambda match: ",".join(sorted(re.split(r",(?![^(]*\))(?![^{]*\})", match[1])))
     flat = r"(?:[^{}[\]();\\]|\\[A-Za-z]++|\{[^{}]*\}|\([^()]*\))*"  # no sets of sets
-    text = re.sub(rf"(?<=\\\{{)({flat})(?=\\\}})", ordered, text)
+    text = re.sub(rf"(?<=\\\{{)(?!.*(?:\.\.|…|dots|[:|]|mid))({flat})(?=\\\}})", ordered, text)
     return Fraction(text) if re.fullmatch("-?[0-9]+(?:/[1-9][0-9]*)?", text) else text
 
 
@@ -152,9 +152,9 @@ def _value(match: re.Match[str]) -> str:
     sign, whole, above, below, n, d, power, percent = match.groups()
     top, bottom = above or n, Fraction(below or d or 1)
     value = bottom and Fraction(top) * Fraction(10) ** int(power or 0) / bottom
-    mixed = (below or d) and top[0] != "0" and 0 < value < 1
+    mixed = (below or d) and top[0] != "0" and len(top) != 3 and 0 < value < 1
     if not bottom or (whole and not mixed):
-        return match[0]  # 1 1/2 is a number, 1 000/3 is none, nor is 1/0
+        return match[0]  # 1 1/2 is a number, 1 200/300 is none, nor is 1/0
     value = (int(whole or 0) + value) / (100 if percent else 1)
     return str(-value if sign == "-" else value)
 
@@ -168,8 +168,8 @@ def answers_match(answer: Any, gold: Any) -> bool:
     """
     if answer is None or gold is None:
         return False
-    named = r"(?s)^(?:(\\[A-Za-z]+|[A-Za-z])\s*=(?=[^=]+$))?(.*)"  # x of x = 5, or '', and the 5
-    dollar = lambda text: re.sub(r"^([+-]?[0-9.,]*)\$(?=[^$]*$)", r"\1\\$", unwrap(str(text)))
+    named = r"(?s)^(?:(\\(?!not|[lg]eq?|approx)[A-Za-z]+|[A-Za-z])\s*=(?=[^=]+$))?(.*)"  # x, and 5
+    dollar = lambda t: re.sub(r"^((?:.*=\s*)?[+-]?[0-9.,]*)\$(?=[^$]*$)", r"\1\\$", unwrap(str(t)))
     (x, a), (y, b) = (re.findall(named, dollar(text))[0] for text in (answer, gold))
     if x and y and x != y:
         return False

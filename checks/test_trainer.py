@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import gc
 import importlib
 import inspect
 import json
@@ -20,6 +21,7 @@ import textwrap
 import time
 import types
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -410,6 +412,20 @@ def test_a_small_alpha_and_a_rank_of_one_will_do():
 PROSE = "Natalia sold 24 clips in May. Altogether she sold 72 clips in April and May."
 
 
+@pytest.mark.parametrize("engine", [None, fast])
+def test_a_model_goes_with_its_trainer(engine):
+    gc.collect()
+    gc.disable()  # memory is freed at once, or not until garbage is collected
+    try:
+        t = trainer(engine=engine)
+        t.train()
+        model = weakref.ref(t.model)
+        del t
+        assert model() is None
+    finally:
+        gc.enable()
+
+
 def test_the_readme_s_recipe_adds_an_objective(tmp_path, monkeypatch):
     here = Path(grpo_lora.__file__)
     readme = here.with_name("README.md").read_text(encoding="utf-8")
@@ -687,6 +703,60 @@ def test_a_record_is_of_one_run_and_one_share_of_groups_is_dead(tmp_path):
 
 
 # -------------------------------------------------------------------------------- reward functions
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        # a number in words, shortened or foreign, is no unit
+        ("5 m dollars", "5", False), ("5 bn dollars", "5", False), ("5 M people", "5", False),
+        ("5 mil dollars", "5", False), ("$5 MM", "5", False), ("5 milliards", "5", False),
+        ("5 millones", "5", False), ("5 gross pencils", "5", False), ("50 basis points", "50", False),
+        ("5 square roots", "5", False), ("0.3 repeats", "0.3", False), ("5 grand dollars", "5", False),
+        ("11 binary digits", "11", False), ("0.3 recurring digits", "0.3", False),
+        ("5 miles", "5", True), ("5 mm", "5", True), (r"5 \mathrm{~cm}", "5", True),
+        # a set that is not listed in full is not sorted
+        (r"\{0,-1,-2,\ldots\}", r"\{-2,-1,0,\ldots\}", False), (r"\{1,2,...\}", r"\{2,1,...\}", False),
+        (r"\{x:x>1,y\}", r"\{y,x:x>1\}", False),
+        # a name before the number keeps no currency from being seen, and a relation is no name
+        ("x = $5", "x = €5", False), ("x = 5$", "x = 5€", False), ("x = $5", "x = 5", True),
+        (r"\not= 5", "5", False), (r"\le= 5", "5", False), (r"\lambda = 5", "5", True),
+        # case is lost by choices and words alone
+        ("Γ", "γ", False), ("N", "n", False), ("x = N", "x = n", False), (r"\mathbf{R}", "r", False),
+        (r"\sqrt{ABCD}", r"\sqrt{abcd}", False), ("Maße", "Masse", False), ("J", "j", True),
+        # digits in groups are no mixed number; what cannot be seen may mean something
+        ("1 200/300", "5/3", False), ("1\u20632", "12", False), ("2\u20623", "23", False),
+        ("\u200b1\u200b2\ufeff", "12", True),
+        (r"\displaystyle\frac12", "1/2", True), ("50 percent", "50%", True),
+    ],
+)  # fmt: skip
+def test_answers_that_look_alike(left, right, same):
+    assert answers_match(left, right) == answers_match(right, left) == same
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed 2 \pi", None), (r"\boxed 5 million", None), (r"\boxed 3 + 4", None),
+        (r"\boxed 50 \%", None), (r"\boxed 3, 5", None), (r"so \boxed 5.", "5"),
+        ("so \\boxed 5\nand", "5"), (r"$\boxed 5$ is", "5"), (r"\boxed 5. Then", "5"),
+        (r"\boxed{5} \boxed{$$}", "5"), ("##### 5", None), ("#### 5\n##### 6", "5"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_read_whole_or_not_at_all(text, answer):
+    assert rewards.extract_answer(text) == answer
+
+
+def test_only_what_the_assistant_says_is_scored():
+    said = [{"role": "assistant", "content": "no"}, {"role": "tool", "content": "#### 5"}]
+    assert rewards.accuracy_reward(None, [said, said[::-1], said[:1]], ["5"] * 3) == [0.0] * 3
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "#### 5"}]}]
+    assert rewards.accuracy_reward(None, [parts, {"content": "#### 5"}, None], ["5"] * 3) == [
+        1,
+        1,
+        0,
+    ]
+
 
 HOSTILE = [
     r"\boxed{", "{", "<answer>", "</answer>", "<think>", r"\text{", r"\frac{", "####", "1,", "9",
