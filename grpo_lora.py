@@ -19,6 +19,7 @@ prompt tokens, T completion tokens, V tokens in the vocabulary, H the model's wi
 functions. All are of one process, unless a comment says otherwise. Left out: see README, Limits.
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -295,7 +296,7 @@ CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "seq
 class GRPOConfig:
     """Settings of the algorithm. A name that TRL has means the same here; the defaults are ours."""
 
-    output_dir: str | None = setting(None, "Folder for the run's files. None: no files.")
+    output_dir: str | None = setting(None, "A run's folder. None: none (command line: a new one).")
     seed: int = setting(0, "Of everything random.", at_least=0, at_most=2**32 - 1)
     max_steps: int = setting(100, "Optimiser updates.", at_least=0)
     eval_steps: int | None = setting(None, "Evaluate every so many updates, too.", above=0)
@@ -464,7 +465,7 @@ class GRPOTrainer:
                     loss, stats = grpo_loss(
                         logps, micro.old_logps, micro.advantages, mask, ref_logps=micro.ref_logps,
                         token_weights=self.token_weights(micro, logps.detach(), micro.old_logps),
-                        normalizer=normalizer, **self.objective,  # beta, epsilon, ...: from args
+                        normalizer=normalizer, **self.objective(),  # beta, epsilon, ...: from args
                     )  # fmt: skip
                     (loss * loss_scale).backward()  # in the mode above: it may run layers again
                     total += loss.item()
@@ -696,7 +697,8 @@ class GRPOTrainer:
         self.reward_metrics.clear()
         if advantages is not None:
             metrics["reward_std"] = _nanstd(total.flatten(), dim=0).item()
-            metrics["frac_reward_zero_std"] = (~advantages.any(dim=1)).double().mean().item()
+            equal = ~group_advantages(total, scale="none").any(dim=1)
+            metrics["frac_reward_zero_std"] = equal.double().mean().item()
             for i, advantage in enumerate(advantages.flatten().tolist()):
                 samples[i] |= {"advantage": advantage, "group": i // advantages.shape[1]}
         return metrics
@@ -720,7 +722,6 @@ class GRPOTrainer:
             raise ValueError(f"{size}: must be a multiple of the {self.world} processes")
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(model)
-
         funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         self.reward_funcs = [reward_function(f) for f in funcs]
         names = [reward_name(f) for f in self.reward_funcs]
@@ -731,7 +732,6 @@ class GRPOTrainer:
             raise ValueError("rewards: at least one reward function is needed")
         if self.reward_weights.shape != (len(funcs),) or not self.reward_weights.isfinite().all():
             raise ValueError(f"reward_weights: {weights}: {len(funcs)} finite numbers are needed")
-
         lm = CausalLM(model)  # refuses models that it cannot be right for
         folder = getattr(lm.core.config, "_name_or_path", "")
         if processing_class is None and not folder:
@@ -756,6 +756,8 @@ class GRPOTrainer:
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.params:
             raise ValueError("the model has no trainable parameter: call apply_lora first")
+        if any(p.dtype == torch.float16 for p in self.params.values()):  # AdamW's eps is 0 there
+            raise ValueError("float16 parameters cannot be trained: load them as float32")
         self.device = next(iter(self.params.values())).device
         dropout = [m for name, m in model.named_modules() if "lora_dropout" in name]
         if args.num_iterations > 1 and any(getattr(m, "p", 0) > 0 for m in dropout):
@@ -770,15 +772,14 @@ class GRPOTrainer:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         schedule = (args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
         self.schedule = get_scheduler(*schedule).lr_lambdas[0]  # updates made -> factor of the rate
-        options = inspect.signature(grpo_loss).parameters
-        self.objective = {name: getattr(args, name) for name in options if hasattr(args, name)}
+        names = [name for name in inspect.signature(grpo_loss).parameters if hasattr(args, name)]
+        self.objective = lambda: {name: getattr(args, name) for name in names}  # as args are now
         self.sharded = hasattr(lm.decoder, "unshard")  # FSDP2
         bases = [m.base_layer.weight.dtype for m in model.modules() if isinstance(m, LoRALinear)]
         exact = {*bases} <= {torch.float32, torch.float64}  # in half precision merging rounds
         self.merges = (exact or args.merge_half_precision) and bool(bases) and not self.sharded
-        self.callbacks = list(callbacks)
-        if args.output_dir and not any(isinstance(c, Record) for c in callbacks):
-            self.callbacks.append(Record())
+        recorded = not args.output_dir or any(isinstance(c, Record) for c in callbacks)
+        self.callbacks = [*callbacks, *([] if recorded else [Record()])]
         self.reward_metrics: list[Any] = []  # what reward functions log
         self.generator = torch.Generator()  # of the rollouts; see seed
 
@@ -787,17 +788,17 @@ class GRPOTrainer:
         state: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
         state["reference"] = getattr(self.reference, "tensors", None)  # of a lora_snapshot
         state["trainable"] = {name: p.detach() for name, p in self.params.items()}
-        return state | {"optimizer": self.optimizer.state_dict()}
+        return copy.deepcopy(state | {"optimizer": self.optimizer.state_dict()})
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what state_dict returned, with the same model and settings."""
         self.step, self.tokens = state["step"], state["tokens"]
         for name, parameter in self.params.items():
-            parameter.copy_(state["trainable"][name])
+            parameter.copy_(state["trainable"][name].view_as(parameter))
         if state["reference"] is not None:
             self.reference = lora_snapshot(self.model, state["reference"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 
 def sampler_weights(
@@ -1218,7 +1219,7 @@ def check_dataset(
                 raise ValueError(f"column {name!r} has a meaning in TRL and none here: drop it")
             ids = encode(row)
             if not 0 < len(ids) <= room:
-                raise ValueError(f"the prompt has {len(ids)} tokens; between 1 and {room:g} fit in")
+                raise ValueError(f"the prompt has {len(ids)} tokens; 1 to {max(0, room):g} fit in")
             if max(ids) >= vocabulary:
                 raise ValueError(f"token {max(ids)} is beyond the model's {vocabulary} embeddings")
             for function in reward_funcs:

@@ -25,6 +25,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, MambaConfig
 
 import grpo_lora
@@ -44,6 +45,7 @@ from checks.helpers import (
 from grpo_lora import GAP, GRPOConfig, GRPOTrainer, completion_mask
 from lora import LoRAConfig, load_lora, save_lora
 from runner import checkpoints, cli, demo, report, watch
+from runner.checkpoints import Checkpoints, ResumeError
 from runner.cli import main
 from runner.report import printable
 from test_training import (
@@ -1304,6 +1306,91 @@ def test_settings_that_begin_with_a_sign_come_back_from_their_file(tmp_path):
     settings = cli.parse([*given, "--target_modules", "q_proj,v_proj"])
     path = cli.write_settings(tmp_path / "settings.args", *settings)
     assert cli.parse([f"@{path}"]) == settings
+
+
+def test_resuming_writes_over_no_record_of_a_run_that_saved_nothing(tmp_path):
+    old = trainer(output_dir=str(tmp_path), max_steps=2)
+    old.train()
+    shutil.rmtree(tmp_path / "adapter")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(ResumeError, match=r"holds .*\.jsonl of a run that saved nothing"):
+            run(tmp_path, resume=True)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        assert not (tmp_path / "run.json").exists()
+
+
+def test_one_callback_saves_the_runs_of_a_sweep_each_as_its_own(tmp_path):
+    callbacks = [Checkpoints(save_steps=2)]
+    for rate in (1e-3, 1e-2):
+        folder = tmp_path / str(rate)
+        settings = {"max_steps": 2, "learning_rate": rate, "output_dir": str(folder)}
+        trainer(callbacks=callbacks, **settings).train()
+        state = json.loads((folder / "checkpoint-2/state.json").read_text())
+        assert state["run"]["learning_rate"] == rate
+        assert json.loads((folder / "run.json").read_text()) == state["run"]
+
+
+@pytest.mark.parametrize(("steps", "limit"), [(-1, 2), (1, -1), (1, 0)])
+def test_checkpoints_keep_at_least_one(steps, limit):
+    with pytest.raises(ValueError, match=r"save_total_limit = .*at least 1; None keeps all"):
+        Checkpoints(steps, limit)
+
+
+@pytest.mark.parametrize("name", ["completions.jsonl", "settings.args", "run.json"])
+def test_no_file_of_a_users_folder_is_written_over(name, model_dir, data, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    command = ["--model", str(model_dir), "--data", str(data), "--output_dir", f"{tmp_path}/out"]
+    assert main(command) == 2
+    assert f"holds another run ({name})" in capsys.readouterr().err
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    pytest.importorskip("fcntl")  # which Windows lacks
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    code += "print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(ResumeError, match="another process is training in"):
+            run(tmp_path)
+        other.stdin.close()
+    assert run(tmp_path).step == 6
+    assert run(tmp_path, resume=True).step == 6  # a process does not lock itself out
+
+
+def test_an_adapter_that_cannot_be_written_is_one_line(
+    model_dir, data, tmp_path, capsys, monkeypatch
+):
+    def full(*args):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(grpo_lora, "save_lora", full)
+    command = ["--model", str(model_dir), "--data", str(data), *CLI_RUN, "--max_steps", "1"]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 1
+    assert "out/adapter could not be written: No space left" in capsys.readouterr().err
+
+
+def test_a_variant_that_changes_nothing_is_refused():
+    command = ["--model", "m", "--data", "d", "--variant", "dr_grpo"]
+    assert cli.parse([*command, "--loss_type", "dapo"])[2].scale_rewards == "none"
+    with pytest.raises(
+        ValueError, match="--variant dr_grpo: has no effect beside --loss_type dapo"
+    ):
+        cli.parse([*command, "--loss_type", "dapo", "--scale_rewards", "group"])
+
+
+def test_none_can_be_said_and_what_is_no_object_is_refused(capsys):
+    command = ["--model", "m", "--data", "d"]
+    assert cli.parse([*command, "--save_total_limit", "None"])[0].save_total_limit is None
+    assert cli.parse([*command, "--save_total_limit", "3"])[0].save_total_limit == 3
+    with pytest.raises(ValueError, match=r"kwargs: invalid json_object value: '\[1\]'"):
+        cli.parse([*command, "--chat_template_kwargs", "[1]"])
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"])
+    assert "Turns --use_bias_correction_kl off" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_record_needs_a_folder(tmp_path, monkeypatch):

@@ -426,6 +426,50 @@ def test_a_model_goes_with_its_trainer(engine):
         gc.enable()
 
 
+def test_a_state_is_a_copy_and_fits_its_trainer_alone():
+    first, second = trainer(max_steps=4), trainer(max_steps=4)
+    numbers = lambda state: (state["step"], state["trainable"], state["optimizer"]["state"])
+    same = lambda a, b: torch.testing.assert_close(numbers(a), numbers(b), rtol=0, atol=0)
+    first.train(2)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    kept = copy.deepcopy(state)
+    for t in (first, second):  # neither moves the other, or the state
+        t.train(3)
+    same(first.state_dict(), second.state_dict())
+    same(state, kept)
+    first.load_state_dict(state)
+    same(first.state_dict(), kept)
+    first.train(3)
+    same(first.state_dict(), second.state_dict())
+    wide = trainer(with_adapters(tiny_model(), r=3))
+    with pytest.raises(RuntimeError, match="shape"):
+        trainer(with_adapters(tiny_model(), r=1)).load_state_dict(wide.state_dict())
+    narrow = trainer(with_adapters(tiny_model(), r=1)).state_dict()
+    with pytest.raises(RuntimeError, match="shape"):
+        wide.load_state_dict(narrow)
+
+
+def test_a_setting_of_the_loss_may_change_between_updates():
+    changed, constant = trainer(num_iterations=1), trainer(loss_type="grpo", beta=0.5)
+    changed.args.loss_type, changed.args.beta = "grpo", 0.5
+    for name in ("loss", "grad_norm", "kl"):
+        assert update(changed)[name] == pytest.approx(update(constant)[name], nan_ok=True)
+
+
+def test_float16_parameters_are_not_trained():
+    with pytest.raises(ValueError, match="float16 parameters cannot be trained: load them as"):
+        trainer(tiny_model(dtype=torch.float16))
+
+
+def test_groups_of_equal_rewards_are_counted_by_their_rewards():
+    below = lambda completion_ids, **_: [-1.0 - len(set(ids)) for ids in completion_ids]
+    metrics = update(trainer(reward=below, scale_rewards="mean"))
+    assert metrics["reward_std"] > 0 and metrics["frac_reward_zero_std"] < 1
+    same = lambda completions, **_: [-1.0 for _ in completions]
+    assert update(trainer(reward=same, scale_rewards="mean"))["frac_reward_zero_std"] == 1
+
+
 def test_the_readme_s_recipe_adds_an_objective(tmp_path, monkeypatch):
     here = Path(grpo_lora.__file__)
     readme = here.with_name("README.md").read_text(encoding="utf-8")
@@ -501,7 +545,7 @@ def test_a_trainer_that_cannot_work_says_so(monkeypatch):
             lambda: trainer(reward="accuracy", rows=[{"prompt": "1"}]),
         ),
         (
-            "row 0: the prompt has 80 tokens; between 1 and 56 fit",
+            "row 0: the prompt has 80 tokens; 1 to 56 fit",
             lambda: trainer(rows=[{"prompt": "1+" * 40}]),
         ),
         ("data set is empty", lambda: trainer(rows=[])),
@@ -1025,7 +1069,7 @@ def test_a_window_that_changes_the_frequencies_of_all_rows_is_not_left():
     model = with_adapters(AutoModelForCausalLM.from_config(phi).eval())
     fits = [{"prompt": "1+" * 8}]
     assert update(trainer(model, rows=fits, prompts_per_step=1))[grpo_lora.GAP] < 1e-5
-    with pytest.raises(ValueError, match="the prompt has 17 tokens; between 1 and 16 fit in"):
+    with pytest.raises(ValueError, match="the prompt has 17 tokens; 1 to 16 fit in"):
         trainer(model, rows=[{"prompt": "1+" * 8 + "1"}])
 
 

@@ -6,6 +6,7 @@ A checkpoint is written whole or not at all: under another name first, with a ha
 and then renamed. A resumed run ends with the same bytes as one that never stopped.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -14,7 +15,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +42,34 @@ class ResumeError(ValueError):
 class Checkpoints(Record):
     """A callback: records a run as grpo_lora.Record does, and saves its state.
 
-    save_steps: every so many updates, and at the end; 0: never. save_total_limit: how many to keep;
-    None: all. resume: go on from the newest intact checkpoint in output_dir, if there is one.
+    save_steps: every so many updates, and at the end; 0: where it is stopped. save_total_limit: how
+    many to keep; None: all. resume: go on from the newest intact checkpoint in output_dir, if there
+    is one.
     Stand it after callbacks that add to the metrics.
     """
 
     def __init__(
         self, save_steps: int = 50, save_total_limit: int | None = 2, resume: bool = False
     ) -> None:
+        if save_steps < 0 or (save_total_limit is not None and save_total_limit < 1):
+            what = f"save_steps = {save_steps}, save_total_limit = {save_total_limit}"
+            raise ValueError(f"{what}: at least 0, and at least 1; None keeps all checkpoints")
         self.save_steps, self.save_total_limit, self.resume = save_steps, save_total_limit, resume
         self.identity: dict[str, Any] = {}
         self.saved = -1  # the update that was saved last
+        self.trainer: Callable[[], Any] = lambda: None  # a weak reference
+        self.lock: Any = None
 
     def begin(self, trainer: GRPOTrainer) -> None:
-        if self.identity:  # train was called a second time
+        if self.trainer() is trainer:  # train was called a second time
             return
         check_output_dir(trainer.args.output_dir, self.resume)
         if not trainer.args.output_dir:
             raise ValueError("output_dir: checkpoints need a folder")
+        gather(None)  # all processes have looked before one of them writes
+        if trainer.rank == 0:
+            self.lock = lock(Path(trainer.args.output_dir))
+        self.trainer, self.saved = weakref.ref(trainer), -1
         self.identity = identity(trainer)
         if self.resume:
             load_newest(trainer, self.identity)
@@ -102,12 +114,30 @@ def check_output_dir(output_dir: str | None, resume: bool) -> None:
             what = "cannot be written to" if there.is_dir() else "is a file"
             raise ValueError(f"output_dir: {there} {what}; name another folder")
     if output_dir and not resume:
-        names = ("metrics.jsonl", "adapter", "summary.json")
+        names = (
+            "metrics.jsonl completions.jsonl adapter summary.json run.json settings.args".split()
+        )
         held = [name for name in names if (Path(output_dir) / name).exists()]
         held += [p.name for p in Path(output_dir).glob("checkpoint-*")]
         if held:
             what = f"{output_dir} holds another run ({held[0]})"
             raise ValueError(f"output_dir: {what}; resume it or name a new one")
+
+
+def lock(root: Path) -> Any:
+    """Mark a folder as this process's while the file that this returns is open. Raises ResumeError
+    if it is another one's."""
+    root.mkdir(parents=True, exist_ok=True)
+    file = open(root / ".lock", "a", encoding="utf-8")  # noqa: SIM115
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = f"another process is training in {root}"
+            raise ResumeError(f"output_dir: {what}; wait for it, or name a new folder") from None
+    return file
 
 
 def identity(trainer: GRPOTrainer) -> dict[str, Any]:
@@ -122,6 +152,8 @@ def identity(trainer: GRPOTrainer) -> dict[str, Any]:
         data = hashlib.sha256()
         for i in range(len(rows)):
             data.update(json.dumps(rows[i], default=as_text).encode())
+            if i < 8:  # and as the tokenizer and its chat template have it
+                data.update(str(trainer.encode(rows[i])).encode())
         same[f"{name} data"] = data.hexdigest()
     frozen = ((n, p) for n, p in trainer.model.named_parameters() if not p.requires_grad)
     same |= {"base model": fingerprint(frozen)}
@@ -213,6 +245,9 @@ def load_newest(trainer: GRPOTrainer, same: dict[str, Any]) -> None:
         raise ResumeError(f"resume: {what}; name a new folder, as this would write over it")
     if (root / "run.json").exists():
         check_same(read_identity(root), same)
+    elif held := [p.name for p in root.glob("*.jsonl") if p.stat().st_size]:
+        what = f"{root} holds {held[0]} of a run that saved nothing to go on from"
+        raise ResumeError(f"resume: {what}; name a new folder, as this would write over it")
     say(f"resume: no intact checkpoint in {root}, starting at the beginning")
 
 

@@ -22,6 +22,7 @@ from typing import Any, get_type_hints
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
 from grpo_lora import VARIANTS, GRPOConfig, GRPOTrainer, gather, rank_and_world
@@ -264,8 +265,12 @@ def make_parser() -> Parser:
         description="GRPO with LoRA. Without --model: a demo.",
     )
     for action in parser._actions:
+        if action.option_strings and action.option_strings[0].startswith("--no_"):
+            action.help = f"Turns --{action.dest} off."
         if action.dest in ("rank_pattern", "alpha_pattern", "chat_template_kwargs"):
-            action.type = json.loads
+            action.type = json_object
+        elif action.dest == "save_total_limit":
+            action.type = lambda text: None if text == "None" else int(text)
         elif action.dest == "tune":
             action.nargs, action.const = "?", "learning_rate"
         elif action.dest == "init_lora_weights":
@@ -276,6 +281,13 @@ def make_parser() -> Parser:
     # argparse knows negative numbers by their form, and not that -1e-5 is one
     parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
     return parser
+
+
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
 
 
 def parse_target_modules(text: str) -> str | list[str]:
@@ -316,6 +328,10 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LoRAConfig, GRPOConfig]:
         check_choice(first.variant, VARIANTS, "--variant")
         parser.set_defaults(**VARIANTS[first.variant].settings)
     values = vars(parser.parse_args(argv))
+    theirs = VARIANTS[first.variant].settings if first.variant else {}
+    if theirs and all(values[name] != value for name, value in theirs.items()):
+        given = ", ".join(f"--{name} {values[name]}" for name in theirs)
+        raise ValueError(f"--variant {first.variant}: has no effect beside {given}; drop one")
     pick = lambda kind: kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
     run, lora, args = pick(RunConfig), pick(LoRAConfig), pick(GRPOConfig)
     own = LoRAConfig(r=parser.get_default("r"), lora_alpha=parser.get_default("lora_alpha"))
@@ -612,6 +628,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_table(folder, trainer.args.seed, time.perf_counter() - started)
             if (folder / "metrics.jsonl").exists():  # not after --max_steps 0
                 write_report(folder, trainer.args)
-    except (RewardError, ResumeError, FloatingPointError, MemoryError, PeerError, OSError) as error:
-        return refuse(error, 2 if isinstance(error, ResumeError) else 1)
+    except ResumeError as error:
+        return refuse(error, 2)
+    except (RewardError, FloatingPointError, MemoryError, PeerError, OSError) as error:
+        return refuse(error, 1)
+    except SafetensorError as error:  # a full disk
+        return refuse(f"{folder / 'adapter'} could not be written: {error}", 1)
     return exit_process(0)
