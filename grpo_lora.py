@@ -1153,8 +1153,8 @@ class _DecoderOutput(transformers.modeling_outputs.BaseModelOutput):
 def check_causal(core: Any, peft_config: dict[str, Any]) -> None:
     """Raises ValueError for a model whose tokens see later ones, or that acts outside its core."""
     config, problem = core.config, ""
-    masked_lm = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    if masked_lm and getattr(config, "is_decoder", True) is False:
+    bert = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or "bert" in config.model_type
+    if bert and getattr(config, "is_decoder", True) is False:
         problem = "is an encoder, whose tokens see later ones"
     if getattr(config, "is_encoder_decoder", False):
         problem = "is an encoder-decoder"

@@ -209,7 +209,7 @@ def dense_weight(base: Any) -> Tensor:
 class TrainedCopy(_Switchable):
     """A module trained in full (modules_to_save), beside the original that it was copied from."""
 
-    wrapped = "trained"
+    wrapped = property(lambda self: "original" if self.disabled else "trained")  # type: ignore
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ def make_adapters(model: Any, config: LoRAConfig, strict: bool = True) -> Adapte
     """The adapters that a config asks for, by module name. The model is not changed yet. strict:
     every name in the config must match a module. (PEFT is content if one does.)"""
     modules, select = dict(model.named_modules()), partial(_select, strict=strict)
-    if any(isinstance(module, _Switchable) for module in modules.values()):
+    if hasattr(model, "peft_config") or any(isinstance(m, _Switchable) for m in modules.values()):
         raise ValueError("the model already carries a LoRA adapter: merge_and_unload it first")
     named = select(modules, config.modules_to_save or [], str.endswith, "modules_to_save: none")
     saved = [n for n in named if not any(n.startswith(f"{outer}.") for outer in named)]  # outermost

@@ -569,6 +569,22 @@ GALLERY = [
         "self.objective = lambda: {name: getattr(args, name) for name in names}",
         "held = {name: getattr(args, name) for name in names}; self.objective = lambda: held",
         "test_a_setting_of_the_loss_may_change_between_updates"),
+    Bug(90, "code that reads a switched-off module's weight, as Mamba does, gets the trained one",
+        "this project", "lora.py",
+        'wrapped = property(lambda self: "original" if self.disabled else "trained")',
+        'wrapped = "trained"', "test_a_saved_module_that_is_off_shows_the_originals_attributes"),
+    Bug(91, "an encoder is trained to predict tokens that it sees",
+        "this project", "grpo_lora.py",
+        ' or "bert" in config.model_type', "",
+        "test_an_encoder_of_bert_generation_is_refused_and_its_decoder_taken"),
+    Bug(92, "a run that saved nothing is written over when it is resumed",
+        "this project", "runner/checkpoints.py",
+        "if p.stat().st_size]", "if False]",
+        "test_resuming_writes_over_no_record_of_a_run_that_saved_nothing"),
+    Bug(93, "a callback that has saved one run saves nothing of the next",
+        "this project", "runner/checkpoints.py",
+        "if self.trainer() is trainer:", "if self.identity:",
+        "test_one_callback_saves_the_runs_of_a_sweep_each_as_its_own"),
 ]
 # fmt: on
 

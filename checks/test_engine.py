@@ -526,3 +526,58 @@ def test_a_head_that_alone_is_trained_gets_its_gradient():
         logps.sum().backward()
         found.append(model.lm_head.lora_B.weight.grad)
     torch.testing.assert_close(*found)
+
+
+def logp_gradients(model, rollout, engine) -> dict:
+    """Of every trainable parameter: the sum of a rollout's log-probs."""
+    model.zero_grad()
+    logps, _ = engine.completion_logps(model, rollout, temperature=0.7)
+    logps[rollout.completion_mask].sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_head_that_borrows_a_trained_embedding_gets_its_gradient():
+    """peft's trainable_token_indices on a tied model: the head's own module has no parameter."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6, 7])
+    model = peft.get_peft_model(tiny_model(tie_word_embeddings=True), config)
+    rollout = sample(model, *prompts())
+    plain, engine = (logp_gradients(model, rollout, e) for e in (grpo_lora, fast))
+    assert any("delta" in name for name in plain)
+    torch.testing.assert_close(engine, plain)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]])
+def test_an_adapted_head_of_a_half_precision_model_gets_its_gradient(targets):
+    model = with_adapters(tiny_model(dtype=torch.bfloat16), target_modules=targets)
+    rollout = sample(model, *prompts())
+    plain, engine = (logp_gradients(model, rollout, e) for e in (grpo_lora, fast))
+    torch.testing.assert_close(engine, plain, rtol=0.05, atol=0.05)
+
+
+def test_log_probs_under_autocast_have_one_dtype():
+    model = with_adapters(tiny_model())
+    rollout = sample(model, *prompts())
+    with torch.autocast("cpu", torch.bfloat16):
+        both = [e.completion_logps(model, rollout, temperature=1.0) for e in (grpo_lora, fast)]
+    torch.testing.assert_close(*both, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_a_layer_whose_forward_is_patched_keeps_it_while_weights_are_packed():
+    model, calls = with_adapters(tiny_model()), []
+    layer = model.model.layers[0].self_attn.q_proj
+    own = layer.forward
+    layer.forward = patched = lambda x: (calls.append(1), own(x))[1]
+    with lora_merged(model):
+        sample(model, *prompts(), engine=fast)
+    assert calls and layer.forward is patched
+
+
+def test_weights_of_a_tensor_type_of_its_own_are_left_as_they_are():
+    class Packed(torch.Tensor):  # a quantised one, say, that knows no view
+        def view(self, *sizes):
+            raise NotImplementedError
+
+    weight = torch.randn(64, 8).as_subclass(Packed)
+    assert fast.in_blocks(weight, 16) is weight

@@ -406,6 +406,41 @@ def test_a_small_alpha_and_a_rank_of_one_will_do():
     assert adapted.up.scaling == 0.5 and adapted.up.lora_A.out_features == 1
 
 
+def test_a_saved_module_that_is_off_shows_the_originals_attributes():
+    """Mamba's mixers read conv1d.weight, and do not call the module."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "state_size": 4,
+        "expand": 1,
+        "num_heads": 4,
+    }
+    config = {"config": transformers.Mamba2Config, "head_dim": 8, "n_groups": 1, "chunk_size": 4}
+    model, ids = tiny_model(**config | sizes), torch.arange(3, 11).view(1, 8)
+    with torch.no_grad():
+        before = model(ids).logits
+        apply_lora(model, LoRAConfig(target_modules=["in_proj"], modules_to_save=["conv1d"]))
+        model.backbone.layers[0].mixer.conv1d.trained.weight += 1
+        assert not torch.equal(model(ids).logits, before)
+        with lora_disabled(model):
+            assert torch.equal(model(ids).logits, before)
+
+
+def test_an_encoder_of_bert_generation_is_refused_and_its_decoder_taken():
+    config = {"config": transformers.BertGenerationConfig, "intermediate_size": 48}
+    with pytest.raises(ValueError, match="is an encoder, whose tokens see later ones"):
+        CausalLM(tiny_model(**config))
+    CausalLM(tiny_model(**config, is_decoder=True))
+
+
+def test_a_model_of_peft_gets_no_second_adapter():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    for targets in ("all-linear", ["v_proj"]):
+        with pytest.raises(ValueError, match="already carries a LoRA adapter"):
+            apply_lora(model, LoRAConfig(target_modules=targets))
+
+
 # ---------------------------------------------------------------------------- settings and records
 
 

@@ -39,6 +39,7 @@ import grpo_lora
 from grpo_lora import CausalLM, Rollout
 from lora import LoRALinear, is_dense
 
+plain_down = LoRALinear._down
 GRAPHS = {"cuda"}  # kinds of device where decode steps are recorded; an empty set for none
 
 
@@ -108,14 +109,11 @@ class FastLM(CausalLM):
     def token_logps(
         self, hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and self.head_is_trained():
-            return super().token_logps(hidden, targets, temperature, chunk_size)
+        if torch.is_grad_enabled() and self.logits(hidden[:1].detach()).requires_grad:
+            # the head is trained. It runs again in the backward pass, and there as it did here
+            with patch.object(LoRALinear, "_down", plain_down):
+                return super().token_logps(hidden, targets, temperature, chunk_size)
         return _TokenLogps.apply(hidden, targets, self.logits, temperature, chunk_size)
-
-    def head_is_trained(self) -> bool:
-        inside = set(self.decoder.modules())
-        outside = (module for module in self.core.modules() if module not in inside)
-        return any(p.requires_grad for m in outside for p in m.parameters(recurse=False))
 
 
 # ------------------------------------------------------------------------------------------ caches
@@ -285,7 +283,7 @@ class _TokenLogps(torch.autograd.Function):
                 logits = head(h)
             z = (logits.detach() / temperature).log_softmax(dim=-1)  # (chunk, V)
             logp, p = z.gather(1, y.unsqueeze(1)).squeeze(1), z.exp()
-            entropy = -torch.einsum("nv,nv->n", p, z.clamp_(min=-1e4))  # 0 log 0 = 0
+            entropy = -z.clamp_(min=-1e4).mul_(p).sum(dim=-1)  # 0 log 0 = 0
             if not with_slope:
                 return logp, entropy
             one = p.new_full((len(y), 1), 1 / temperature)
@@ -348,7 +346,8 @@ class _InBlocks(torch.autograd.Function):
 def in_blocks(weight: Tensor, k: int) -> Tensor:
     """(out, in) -> (out/k, in, k), a view. Unchanged where `linear` gains nothing by it, or k does
     not divide out."""
-    gains = weight.device.type == "cpu" and weight.dtype == torch.float32
+    dense = type(weight) in (Tensor, nn.Parameter)  # and no quantised one
+    gains = dense and weight.device.type == "cpu" and weight.dtype == torch.float32
     gains = gains and torch.backends.mkl.is_available() and len(weight) % k == 0
     return weight.view(-1, k, weight.shape[1]).mT if gains else weight
 
@@ -385,6 +384,7 @@ def packed(model: nn.Module) -> Iterator[None]:
     modules = [m for m in model.modules() if isinstance(m, LoRALinear)]
     modules = [m for m in modules if is_dense(m.base_layer)]  # else merged has a dtype of its own
     layers = [m for m in modules if m.merged is not None and not m.disabled]
+    layers = [m for m in layers if "forward" not in vars(m)]  # else a hook or patch owns it
     try:
         for layer in layers:
             assert layer.merged is not None
