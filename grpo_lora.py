@@ -469,7 +469,7 @@ class GRPOTrainer:
                     )  # fmt: skip
                     (loss * loss_scale).backward()  # in the mode above: it may run layers again
                     total += loss.item()
-                    stats["entropy"] = entropies[mask].mean().item()
+                    stats["entropy"] = entropies[mask].mean().item()  # of groups with a gradient
                     stats[GAP] = (micro.old_logps - piece.logps)[mask].abs().mean().item()
                     logged.append((int(mask.sum()), stats))
             if not rollout.logps.isfinite().all():

@@ -465,7 +465,7 @@ def save_lora(model: Any, directory: str | Path) -> None:
     config |= {"base_model_name_or_path": base_name, **asdict(model.lora_config)}
     tensors = {k: v.detach().contiguous().cpu() for k, v in _file_tensors(adapters).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config, indent=2) + "\n"  # unsorted: the first pattern that fits counts
+    text = json.dumps(config, indent=2, default=lambda x: x.item()) + "\n"  # unsorted; x: NumPy's
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")
 
 

@@ -377,4 +377,4 @@ def finish(scores: Any) -> list[Any]:
     if inspect.iscoroutine(scores):  # in a thread of its own: a notebook's has a running loop
         with ThreadPoolExecutor(1) as thread:
             scores = thread.submit(asyncio.run, scores).result()
-    return list(scores)
+    return [scores] if isinstance(scores, dict | str) else list(scores)  # not keys, letters

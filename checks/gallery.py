@@ -411,7 +411,7 @@ GALLERY = [
         "test_answers_match_examples"),
     Bug(52, "of several patterns for a layer another one counts once the adapter is saved and loaded",
         "this project", "lora.py",
-        "json.dumps(config, indent=2)", "json.dumps(config, indent=2, sort_keys=True)",
+        "json.dumps(config, indent=2,", "json.dumps(config, indent=2, sort_keys=True,",
         "test_a_saved_adapter_comes_back_to_the_bit_and_trainable"),
     Bug(53, "opmd's square is dropped in groups without advantage from the second update on",
         "this project", "grpo_lora.py",

@@ -1373,6 +1373,17 @@ def test_an_adapter_that_cannot_be_written_is_one_line(
     assert "out/adapter could not be written: No space left" in capsys.readouterr().err
 
 
+def test_a_reward_may_log_under_any_name(tmp_path):
+    def logs(completions, log_metric, log_extra, **columns):
+        log_metric("warnings", 1.0)
+        log_extra("rewards/why", ["<b>"] * len(completions))
+        return [float(i % 2) for i, _ in enumerate(completions)]
+
+    run_trainer(reward=logs, output_dir=str(tmp_path), log_tokens_steps=1).train()
+    assert all(row["warnings"] == 1.0 for row in lines(tmp_path / "metrics.jsonl"))
+    assert '<td class="n">&lt;b&gt;</td>' in report.report(tmp_path)
+
+
 def test_a_variant_that_changes_nothing_is_refused():
     command = ["--model", "m", "--data", "d", "--variant", "dr_grpo"]
     assert cli.parse([*command, "--loss_type", "dapo"])[2].scale_rewards == "none"

@@ -433,6 +433,17 @@ def test_an_encoder_of_bert_generation_is_refused_and_its_decoder_taken():
     CausalLM(tiny_model(**config, is_decoder=True))
 
 
+def test_settings_may_be_numbers_of_numpy(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    settings = {
+        "r": numpy.int64(2),
+        "lora_alpha": numpy.float32(4),
+        "lora_dropout": numpy.float64(0),
+    }
+    save_lora(with_adapters(tiny_model(), **settings), tmp_path)
+    assert load_lora(tiny_model(), tmp_path).lora_config.r == 2
+
+
 def test_a_model_of_peft_gets_no_second_adapter():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
@@ -824,6 +835,13 @@ def test_answers_that_look_alike(left, right, same):
 )  # fmt: skip
 def test_an_answer_is_read_whole_or_not_at_all(text, answer):
     assert rewards.extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("scores", [{0: 1.0, 1: 0.0}, "10"])
+def test_the_keys_of_a_dict_and_the_letters_of_a_text_are_no_scores(scores):
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    with pytest.raises(RewardError, match=r"TypeError: float|gave 1 values for 2 rows"):
+        rewards.call_rewards([lambda **_: scores], rows, ["a", "b"], [[1], [2]])
 
 
 def test_only_what_the_assistant_says_is_scored():

@@ -223,6 +223,11 @@ def clipped(sample: dict[str, Any], args: GRPOConfig | None) -> list[bool]:
     return [A < 0 and not 1 - args.epsilon <= ratio <= delta for ratio in ratios]
 
 
+def number(value: Any) -> str:
+    """A reward; - for None; and as text what a reward function has logged under such a name."""
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else text(value)
+
+
 def completion(sample: dict[str, Any], strongest: float, args: GRPOConfig | None) -> str:
     """A completion, each token coloured by advantage × (log-prob after - when it was sampled)."""
     if "logps_after" not in sample:
@@ -266,7 +271,7 @@ def update(samples: list[dict[str, Any]], args: GRPOConfig | None, opened: bool)
         parts.append(f'<tr><th class="n">advantage</th>{"".join(heads)}<th>completion</th></tr>')
         for row in rows:
             numbers = [f"{row.get('advantage') or 0.0:+.2f}"]
-            numbers += ["-" if row[name] is None else f"{row[name]:.3g}" for name in names]
+            numbers += [number(row[name]) for name in names]
             cells = "".join(f'<td class="n">{number}</td>' for number in numbers)
             shown = completion(row, strongest, args)
             parts.append(f'<tr>{cells}<td class="text">{shown}</td></tr>')
@@ -295,7 +300,8 @@ def report(folder: Path, args: GRPOConfig | None = None, chosen: list[int] | Non
         raise ValueError(f"update {missing[0]}: its tokens were not recorded; there are {there}")
     parts = [f"<h1>{text(folder.resolve().name)}</h1><p><code>{text(command)}</code></p>"]
     for row in metrics:
-        for warning in row.get("warnings", ()):
+        said = row.get("warnings")  # or a number of this name, if a reward function logs one
+        for warning in said if isinstance(said, list) else ():
             parts.append(f"<p><b>warning</b>, update {row['step']}: {text(warning)}</p>")
     parts += ["<h2>Curves</h2>", *(curve(metrics, names) for names in CURVES), LEGEND]
     trained = [s for s in samples if s.get("split") != "eval"]

@@ -189,7 +189,9 @@ class EarlyWarnings:
     def check(self, row: dict[str, Any]) -> list[str]:
         """Take in an update's metrics. Returns what there is to say now."""
         self.run.rows.append(row := json.loads(to_json(row)))  # as it will be read back
-        self.said |= {text.partition(" is ")[0] for text in row.get("warnings", ())}
+        said = row.get("warnings")
+        said = said if isinstance(said, list) else []  # a reward function may log such a number
+        self.said |= {text.partition(" is ")[0] for text in said}
         texts = []
         for sign in SIGNS:
             value = sign.value(self.run)
