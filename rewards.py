@@ -23,6 +23,7 @@ from fractions import Fraction
 from typing import Any
 
 Rewards = list[float | None]
+RUNNER = asyncio.Runner()  # one event loop for all calls: clients and locks are bound to theirs
 
 # ---------------------------------------------------------------------------------- reading answers
 
@@ -375,6 +376,5 @@ def call_rewards(
 def finish(scores: Any) -> list[Any]:
     """Scores as a list: awaited if they are a coroutine, worked out if they are lazy."""
     if inspect.iscoroutine(scores):  # in a thread of its own: a notebook's has a running loop
-        with ThreadPoolExecutor(1) as thread:
-            scores = thread.submit(asyncio.run, scores).result()
+        scores = ThreadPoolExecutor(1).submit(RUNNER.run, scores).result()
     return [scores] if isinstance(scores, dict | str) else list(scores)  # not keys, letters

@@ -585,6 +585,10 @@ GALLERY = [
         "this project", "runner/checkpoints.py",
         "if self.trainer() is trainer:", "if self.identity:",
         "test_one_callback_saves_the_runs_of_a_sweep_each_as_its_own"),
+    Bug(94, "an async reward's client is bound to an event loop that is gone at its second call",
+        "this project", "rewards.py",
+        "submit(RUNNER.run, scores)", "submit(asyncio.run, scores)",
+        "test_async_rewards_keep_one_event_loop"),
 ]
 # fmt: on
 

@@ -1347,6 +1347,23 @@ def test_no_file_of_a_users_folder_is_written_over(name, model_dir, data, tmp_pa
     assert (tmp_path / "out" / name).read_text() == "mine"
 
 
+def test_a_run_is_not_resumed_under_another_chat_template(tmp_path, monkeypatch):
+    run(tmp_path, stop_at=2)
+    monkeypatch.setattr(TOKENIZER, "chat_template", f"{TOKENIZER.chat_template} ")
+    with pytest.raises(ResumeError, match=r"chat template was .*now"):
+        run(tmp_path, resume=True)
+
+
+def test_a_disk_without_locks_is_trained_on(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert run(tmp_path).step == 6
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     pytest.importorskip("fcntl")  # which Windows lacks
     code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "

@@ -844,6 +844,23 @@ def test_the_keys_of_a_dict_and_the_letters_of_a_text_are_no_scores(scores):
         rewards.call_rewards([lambda **_: scores], rows, ["a", "b"], [[1], [2]])
 
 
+def test_async_rewards_keep_one_event_loop():
+    """A client, lock or semaphore belongs to the loop in which it is first waited for."""
+    one_at_a_time = asyncio.Semaphore(1)
+
+    async def patient(completions, **columns):
+        async def score(text):
+            async with one_at_a_time:
+                await asyncio.sleep(0)
+                return float(len(text))
+
+        return await asyncio.gather(*map(score, completions))
+
+    for _ in range(3):
+        rows = [{"prompt": "a"}] * 3
+        assert rewards.call_rewards([patient], rows, ["a", "bb", ""], [[]] * 3)[0] == [[1, 2, 0]]
+
+
 def test_only_what_the_assistant_says_is_scored():
     said = [{"role": "assistant", "content": "no"}, {"role": "tool", "content": "#### 5"}]
     assert rewards.accuracy_reward(None, [said, said[::-1], said[:1]], ["5"] * 3) == [0.0] * 3

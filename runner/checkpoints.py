@@ -129,12 +129,12 @@ def lock(root: Path) -> Any:
     if it is another one's."""
     root.mkdir(parents=True, exist_ok=True)
     file = open(root / ".lock", "a", encoding="utf-8")  # noqa: SIM115
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
+    with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, a disk maybe no locks
         import fcntl
 
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             what = f"another process is training in {root}"
             raise ResumeError(f"output_dir: {what}; wait for it, or name a new folder") from None
     return file
@@ -152,9 +152,9 @@ def identity(trainer: GRPOTrainer) -> dict[str, Any]:
         data = hashlib.sha256()
         for i in range(len(rows)):
             data.update(json.dumps(rows[i], default=as_text).encode())
-            if i < 8:  # and as the tokenizer and its chat template have it
-                data.update(str(trainer.encode(rows[i])).encode())
         same[f"{name} data"] = data.hexdigest()
+    template = str(getattr(trainer.tokenizer, "chat_template", None))
+    same["chat template"] = hashlib.sha256(template.encode()).hexdigest()
     frozen = ((n, p) for n, p in trainer.model.named_parameters() if not p.requires_grad)
     same |= {"base model": fingerprint(frozen)}
     funcs = zip(map(inspect.unwrap, trainer.reward_funcs), trainer.reward_names, strict=True)
