@@ -697,7 +697,7 @@ class GRPOTrainer:
         self.reward_metrics.clear()
         if advantages is not None:
             metrics["reward_std"] = _nanstd(total.flatten(), dim=0).item()
-            equal = ~group_advantages(total, scale="none").any(dim=1)
+            equal = ~group_advantages(total).any(dim=1)
             metrics["frac_reward_zero_std"] = equal.double().mean().item()
             for i, advantage in enumerate(advantages.flatten().tolist()):
                 samples[i] |= {"advantage": advantage, "group": i // advantages.shape[1]}

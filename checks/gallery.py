@@ -561,7 +561,7 @@ GALLERY = [
         "p.dtype == torch.float16 for p", "False for p", "test_float16_parameters_are_not_trained"),
     Bug(88, "groups are said to have equal rewards where MaxRL only has no advantage for them",
         "this project", "grpo_lora.py",
-        'equal = ~group_advantages(total, scale="none").any(dim=1)',
+        "equal = ~group_advantages(total).any(dim=1)",
         "equal = ~advantages.any(dim=1)",
         "test_groups_of_equal_rewards_are_counted_by_their_rewards"),
     Bug(89, "a setting of the loss that is changed between updates acts in part",
