@@ -224,7 +224,7 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
     ("near = difflib.get_close_matches(str(value), names, 1)", "1", "2"): "only the first is named",
     ("return [None if gold is None else float(answers_match(text, gold)) for text, gold in pairs]",
      "text, gold", "gold, text"): "the comparison is symmetric, which a test shows",
-    ("with ThreadPoolExecutor(1) as thread:", "1", "2"): "one thread is used",
+    ("scores = ThreadPoolExecutor(1).submit(RUNNER.run, scores).result()", "1", "2"): "one thread is used",
     ("if layers or 2 * trained < sum(p.numel() for p in model.parameters()):",
      "2 * trained < sum((p.numel() for p in model.parameters()))",
      "2 * trained <= sum((p.numel() for p in model.parameters()))"): "exactly half: as you like",
