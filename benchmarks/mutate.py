@@ -243,6 +243,8 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
     ("self.saved = -1", "1", "2"): "no update has either number",
     ("self.trainer, self.saved = weakref.ref(trainer), -1",
      "1", "2"): "no update has either number",
+    ("with contextlib.suppress(ImportError, OSError):",
+     "ImportError, OSError", "OSError, ImportError"): "the order of kinds",
     ("gather(None)", "gather(None)", "pass"): "only a race between processes would tell",
     ("if torch.is_grad_enabled() and self.logits(hidden[:1].detach()).requires_grad:",
      "1", "2"): "one state or two tell alike whether the head is trained",

@@ -262,7 +262,6 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def write_identity(root: Path, same: dict[str, Any]) -> None:
     """run.json, whole or not at all: what a run is, also before its first checkpoint."""
-    root.mkdir(parents=True, exist_ok=True)
     scratch = root / ".run.json.tmp"
     scratch.write_text(to_json(same) + "\n", encoding="utf-8")
     fsync(scratch)
