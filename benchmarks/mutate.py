@@ -242,7 +242,7 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
     ("fsync(root)", "fsync(root)", "pass"): "only a power cut would tell",
     ("fsync(scratch)", "fsync(scratch)", "pass"): "only a power cut would tell",
     ("self.saved = -1", "1", "2"): "no update has either number",
-    ("self.trainer, self.saved = weakref.ref(trainer), -1",
+    ("self.identity, self.saved = identity(trainer), -1",
      "1", "2"): "no update has either number",
     ("with contextlib.suppress(ImportError, OSError):",
      "ImportError, OSError", "OSError, ImportError"): "the order of kinds",

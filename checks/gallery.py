@@ -589,6 +589,11 @@ GALLERY = [
         "this project", "rewards.py",
         "submit(RUNNER.run, scores)", "submit(asyncio.run, scores)",
         "test_async_rewards_keep_one_event_loop"),
+    Bug(95, "a run that may not be resumed is refused once, and written over at the second try",
+        "this project", "runner/checkpoints.py",
+        "self.identity, self.saved = identity(trainer), -1",
+        "self.identity, self.saved, self.trainer = identity(trainer), -1, weakref.ref(trainer)",
+        "test_resuming_writes_over_no_record_of_a_run_that_saved_nothing"),
 ]
 # fmt: on
 

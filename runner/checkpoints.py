@@ -69,8 +69,7 @@ class Checkpoints(Record):
         gather(None)  # all processes have looked before one of them writes
         if trainer.rank == 0:
             self.lock = lock(Path(trainer.args.output_dir))
-        self.trainer, self.saved = weakref.ref(trainer), -1
-        self.identity = identity(trainer)
+        self.identity, self.saved = identity(trainer), -1
         if self.resume:
             load_newest(trainer, self.identity)
             if len(set(gather(trainer.step))) > 1:
@@ -80,6 +79,7 @@ class Checkpoints(Record):
                 cut_back(trainer)
         if trainer.rank == 0:
             write_identity(Path(trainer.args.output_dir), self.identity)
+        self.trainer = weakref.ref(trainer)  # not where this was refused
 
     def __call__(self, trainer: GRPOTrainer, metrics: dict[str, Any]) -> None:
         super().__call__(trainer, metrics)
@@ -115,7 +115,12 @@ def check_output_dir(output_dir: str | None, resume: bool) -> None:
             raise ValueError(f"output_dir: {there} {what}; name another folder")
     if output_dir and not resume:
         names = (
-            "metrics.jsonl completions.jsonl adapter summary.json run.json settings.args".split()
+            "metrics.jsonl",
+            "completions.jsonl",
+            "adapter",
+            "summary.json",
+            "run.json",
+            "settings.args",
         )
         held = [name for name in names if (Path(output_dir) / name).exists()]
         held += [p.name for p in Path(output_dir).glob("checkpoint-*")]

@@ -331,7 +331,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LoRAConfig, GRPOConfig]:
     theirs = VARIANTS[first.variant].settings if first.variant else {}
     if theirs and all(values[name] != value for name, value in theirs.items()):
         given = ", ".join(f"--{name} {values[name]}" for name in theirs)
-        raise ValueError(f"--variant {first.variant}: has no effect beside {given}; drop one")
+        warnings.warn(f"--variant {first.variant} has no effect beside {given}", stacklevel=2)
     pick = lambda kind: kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
     run, lora, args = pick(RunConfig), pick(LoRAConfig), pick(GRPOConfig)
     own = LoRAConfig(r=parser.get_default("r"), lora_alpha=parser.get_default("lora_alpha"))
