@@ -494,8 +494,8 @@ class GRPOTrainer:
         args = self.args
         prompts = [torch.tensor(self.encode(row), device=self.device) for row in rows]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
-        before = (self.rank * len(rows) * num_generations, args.max_completion_length)
-        torch.rand(*before, generator=self.generator, dtype=torch.float64)  # lower ranks' draws
+        skip = (self.rank * len(rows) * num_generations, args.max_completion_length)  # lower ranks'
+        torch.rand(*skip, generator=self.generator, dtype=torch.float64, device="cpu")
         with lora_merged(self.model) if self.merges else nullcontext():
             return self.engine.generate(
                 self.model, ids.masked_fill(ids < 0, self.pad_token_id), ids >= 0,
@@ -660,12 +660,12 @@ class GRPOTrainer:
         return {f"eval_{key}": value for key, value in metrics.items()}
 
     def batch(self, index: int) -> list[dict[str, Any]]:
-        """This process's prompts of batch `index`. The order is new in each epoch, and a function
-        of the seed alone."""
+        """This process's prompts of batch `index`. Each epoch's order comes from the seed alone."""
         n, size = len(self.train_dataset), self.args.prompts_per_step
         places = range(index * size, (index + 1) * size)
         seeded = lambda epoch: torch.Generator().manual_seed(self.args.seed + epoch)
-        orders = {e: torch.randperm(n, generator=seeded(e)) for e in {i // n for i in places}}
+        order = lambda epoch: torch.randperm(n, generator=seeded(epoch), device="cpu")
+        orders = {e: order(e) for e in {i // n for i in places}}
         return self.share([self.train_dataset[int(orders[i // n][i % n])] for i in places])
 
     def share(self, rows: Rows) -> Rows:

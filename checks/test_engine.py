@@ -238,10 +238,16 @@ def test_a_decode_step_that_cannot_be_recorded_is_taken_as_it_is_and_that_is_sai
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_an_update_on_a_gpu_samples_the_same_and_has_the_gradient_of_one_on_a_cpu():
+@pytest.mark.parametrize("default_device", ["cpu", "cuda"])
+def test_an_update_on_a_gpu_samples_the_same_and_has_the_gradient_of_one_on_a_cpu(
+    default_device, request
+):
     gradients, samples = [], []
-    for device in ("cpu", "cuda"):
-        t = trainer(with_adapters(tiny_model()).to(device), beta=0.1)
+    request.addfinalizer(lambda: torch.set_default_device(None))
+    models = [with_adapters(tiny_model()).to(device) for device in ("cpu", "cuda")]
+    for model, default in zip(models, (None, default_device), strict=True):
+        torch.set_default_device(default)
+        t = trainer(model, beta=0.1)
         update(t)
         gradients.append(torch.cat([p.grad.cpu().flatten() for p in t.params.values()]))
         samples.append(t.last_batch[0].completion_ids.cpu())
