@@ -9,12 +9,12 @@ and makes each more or less likely by how it compares with its group. There is n
 With LoRA (lora.py) the reference policy is the model with its adapter off: no second model either.
 
 In order: the objective, settings, the trainer (`update` is the algorithm), rollout and
-log-probabilities: that is GRPO. Then: the model as two parts, data, processes. On a first reading
-take group_advantages, completion_mask, grpo_loss with its defaults (loss_type dapo: ratio token,
-clip, aggregation token; beta 0: no KL), Rollout, `update`, and the docstrings of what it calls.
+log-probabilities: that is GRPO. Then: the model as two parts, data, processes. Read at first:
+group_advantages, completion_mask, grpo_loss with its defaults (dapo: one ratio a token, clipped,
+the mean over tokens; beta 0: no KL), Rollout, MicroBatch, `update`, docstrings of what it calls.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
-a prompt are adjacent. b: a part of the B. (Rows of the data are dicts, one for each prompt.) L
+a prompt are adjacent. b: the rows of a micro-batch. (Rows of the data are dicts, one a prompt.) L
 prompt tokens, T completion tokens, V tokens in the vocabulary, H the model's width, K reward
 functions. All are of one process, unless a comment says otherwise. Left out: see README, Limits.
 """
@@ -83,7 +83,7 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
     }[scale]  # fmt: skip
     low = rewards.masked_fill(~valid, math.inf).amin(dim=1, keepdim=True)
     high = rewards.masked_fill(~valid, -math.inf).amax(dim=1, keepdim=True)
-    # by value and not by std: the mean of equal numbers may differ from them by rounding
+    # low < high, and not std > 0: by rounding, equal numbers may have a std above 0
     differ = valid & (low < high) & (divisor != 0)
     return torch.where(differ, (rewards - mean) / divisor, 0.0)
 
@@ -123,8 +123,8 @@ def multi_objective_advantages(
 def completion_mask(completion_ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
     """True up to and including the first EOS.    (B, T) token ids -> (B, T) bool
 
-    Never made from padding: where pad and EOS are one token, that would mask the EOS which the
-    policy chose, and it would not learn to stop. eos_token_ids: all of them, or [] for none.
+    Never made from padding: where pad and EOS are one token, that would hide the EOS which the
+    policy chose, and it would never learn to stop. eos_token_ids: all of them, or [] for none.
 
     >>> completion_mask(torch.tensor([[5, 2, 2], [5, 6, 7]]), [2])
     tensor([[ True,  True, False],
@@ -169,13 +169,14 @@ def grpo_loss(
     token_weights: Tensor | None = None, max_completion_length: int | None = None,
     normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """The GRPO family: one loss, and three choices, by default token, clip, token.
+    """The GRPO family: one loss. Three of its five choices are made here, by default token, clip,
+    token. (The others: the scale of group_advantages, and token_weights.)
 
     A: the row's advantage. ε is epsilon, ε₊ epsilon_high (None: ε), δ delta (None: no bound).
     sg(x): x without its gradient. σ: the sigmoid. N: the number of tokens in the mask.
 
     1. The ratio ρ compares the policy with what it was before the batch's first update.
-         token      ρ = exp(logp - old_logp)
+         token      ρ = exp(logp - old_logp). Where that is 1, dρ = d logp, and not 0
          sequence   ρ = exp(row mean of (logp - old_logp)), one a row; GSPO
     2. The surrogate is the loss l of one token. (vespo, gmpo, opmd: always of token ratios.)
          clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); dapo, grpo, ... (CLIPPED)
@@ -197,11 +198,11 @@ def grpo_loss(
 
     logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,).
     mask: (B, T) bool, see completion_mask; what lies outside has no influence, even NaN.
-    token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: N
-    (token) or the rows (else) of the whole optimiser batch, so that the losses of micro-batches add
-    up to the batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over
-    this call's tokens. Raises ValueError for shapes that do not fit and for a missing argument.
-    With ρ = 1 there is a gradient all the same: d exp(logp - sg(logp)) = d logp.
+    token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer:
+    what 3. divides by, N (token) or the rows (else), of the whole optimiser batch, so that losses
+    of micro-batches add up to the batch's; None: of this call. Returns the loss, a scalar, and
+    diagnostics, means over this call's tokens. Raises ValueError for shapes that do not fit and
+    for a missing argument.
     """
     B, T = logps.shape
     shapes: dict[str, Any] = {"old_logps": (old_logps, (B, T)), "advantages": (advantages, (B,))}
@@ -225,7 +226,7 @@ def grpo_loss(
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
-    # 1. the ratio, bounded: exp overflows (float32: 88), and a clipped gradient, 0 · inf, is NaN
+    # 1. the ratio, its log bounded: else exp is inf, and 0 · inf, where clip stops gradients, NaN
     log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))
     row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
     by_row = importance_sampling_level == "sequence"
@@ -286,7 +287,6 @@ def grpo_loss(
 
 # --------------------------------------------------------------------------------------- settings
 
-Rows = Any  # a sequence of dicts: rows of a data set, or samples
 SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
@@ -397,6 +397,39 @@ VARIANTS: dict[str, Variant] = {
 # ---------------------------------------------------------------------------------------- trainer
 
 GAP = "sampling/sampling_logp_difference/mean"  # TRL's name: |log-prob sampled - log-prob scored|
+Rows = Any  # a sequence of dicts: rows of a data set, or samples
+
+
+@dataclass
+class Rollout:
+    """P prompts and the G completions of each."""
+
+    prompt_ids: Tensor  # (P, L), left-padded
+    prompt_mask: Tensor  # (P, L) bool
+    completion_ids: Tensor  # (B, T), right-padded; T is the longest row
+    completion_mask: Tensor  # (B, T) bool: see completion_mask
+    logps: Tensor  # (B, T), the sampler's own, at its temperature; 0 where masked
+
+    def __post_init__(self) -> None:  # bool: x[a mask of 0 and 1] would take rows 0 and 1
+        self.prompt_mask = self.prompt_mask.bool()
+        self.completion_mask = self.completion_mask.bool()
+
+    @property
+    def num_generations(self) -> int:
+        return len(self.completion_ids) // len(self.prompt_ids)
+
+    def ended(self, eos_token_ids: Sequence[int]) -> Tensor:  # (B,) bool; the others were cut off
+        is_eos = torch.isin(self.completion_ids, torch.tensor(eos_token_ids).to(self.prompt_ids))
+        return (is_eos & self.completion_mask).any(dim=1)
+
+    def select(self, prompts: list[int]) -> "Rollout":
+        """The groups of these prompts (indices), padded to their own longest."""
+        of = lambda x: x.unflatten(0, (-1, self.num_generations))[prompts].flatten(0, 1)  # (b, T)
+        ids, mask, logps = of(self.completion_ids), of(self.completion_mask), of(self.logps)
+        L = int(self.prompt_mask[prompts].sum(dim=1).max())
+        T = max(1, int(mask.sum(dim=1).max()))
+        prompt = self.prompt_ids[prompts, -L:], self.prompt_mask[prompts, -L:]
+        return Rollout(*prompt, ids[:, :T], mask[:, :T], logps[:, :T])
 
 
 @dataclass
@@ -404,11 +437,11 @@ class MicroBatch:
     """Some groups of a rollout, and what is known of them."""
 
     prompts: list[int]  # indices into the whole rollout's prompts
-    rollout: "Rollout"  # ids and masks; its logps are the sampler's
+    rollout: Rollout  # of these groups alone
     advantages: Tensor  # (b,)
-    old_logps: Tensor | None = None  # (b, T), as those below; None until the first forward
-    ref_logps: Tensor | None = None
-    uncertain: Tensor | None = None  # of this update
+    old_logps: Tensor | None = None  # (b, T); None until the first forward
+    ref_logps: Tensor | None = None  # (b, T); None without a KL penalty
+    uncertain: Tensor | None = None  # (b, T) bool: mark_uncertain_tokens
 
 
 class GRPOTrainer:
@@ -432,65 +465,55 @@ class GRPOTrainer:
     stop = False  # set it, and train ends after this batch; a callback's ends it after the next
     samples: Rows = ()  # of the last batch
     eval_samples: Rows = ()  # of an evaluation after it
-    last_batch: tuple["Rollout", list[MicroBatch]]
+    last_batch: tuple[Rollout, list[MicroBatch]]
 
     # ---- the algorithm
 
     def update(self, rows: Rows) -> dict[str, Any]:
         """GRPO: a batch of problems, rows of the data, and its updates. Returns the metrics."""
-        args, logged = self.args, []  # logged: weights, and values to be averaged
+        args, logged = self.args, []  # logged: (weight, {name: value}), to be averaged
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
-        rewards, samples = self.score(rows, rollout)  # (P·world, G, K): of all processes
-        advantages = multi_objective_advantages(  # by default group_advantages of Σ w_k r_k
+        rewards, samples = self.score(rows, rollout)  # (P·processes, G, K)
+        advantages = multi_objective_advantages(  # by default group_advantages(Σ w_k r_k)
             rewards, self.reward_weights, scale=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )  # fmt: skip
         if args.mask_truncated_completions:
             rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)
-        normalizer, loss_scale = self.normalizers(rollout.completion_mask)
+        normalizer, loss_scale = self.normalizers(rollout.completion_mask)  # N, and a power of 2
         micro_batches = self.micro_batches(rollout, advantages)  # of groups that have a gradient
 
         for _ in range(args.num_iterations):  # if 1, ρ is 1 throughout, and nothing is clipped
             for parameter in self.params.values():  # those that require gradients
-                parameter.grad = torch.zeros_like(parameter)  # not None: maybe all are skipped
+                parameter.grad = torch.zeros_like(parameter)  # not None: there may be no backward
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
-            total = 0.0
-            with evaluating(self.model, adapter_dropout=True):  # eval mode for all else
+            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # no step, then
+            with evaluating(self.model, adapter_dropout=True):  # no other dropout
                 for micro in micro_batches:
                     piece, mask = micro.rollout, micro.rollout.completion_mask
                     logps, entropies = self.logps(piece)  # (b, T) each; piece.logps: the sampler's
-                    if micro.old_logps is None:  # the batch's first update, where ρ is 1
-                        micro.old_logps = logps.detach()  # the sampler's differ by rounding
+                    if micro.old_logps is None:  # in the batch's first update: ρ is 1
+                        micro.old_logps = logps.detach()  # not the sampler's, which round otherwise
                     loss, stats = grpo_loss(
                         logps, micro.old_logps, micro.advantages, mask, ref_logps=micro.ref_logps,
                         token_weights=self.token_weights(micro, logps.detach(), micro.old_logps),
                         normalizer=normalizer, **self.objective(),  # beta, epsilon, ...: from args
                     )  # fmt: skip
-                    (loss * loss_scale).backward()  # in the mode above: it may run layers again
+                    (loss * loss_scale).backward()  # within `with`: checkpointing reruns layers
                     total += loss.item()
-                    stats["entropy"] = entropies[mask].mean().item()  # of groups with a gradient
+                    stats["entropy"] = entropies[mask].mean().item()
                     stats[GAP] = (micro.old_logps - piece.logps)[mask].abs().mean().item()
                     logged.append((int(mask.sum()), stats))
-            if not rollout.logps.isfinite().all():
-                total = math.nan  # a broken policy: no step, even if no group needs a forward
-            total, grad_norm = self.reduce_and_clip(total, loss_scale)
-            finite = math.isfinite(total) and math.isfinite(grad_norm)
-            for param_group in self.optimizer.param_groups:
-                param_group["lr"] = param_group["initial_lr"] * self.schedule(self.step)  # a factor
-            if finite:
-                self.optimizer.step()
-            self.step += 1  # skipped or not: the schedule counts updates
-            means = {"loss": total, "grad_norm": grad_norm, "skipped_updates": float(not finite)}
-            logged.append((1, means | {"learning_rate": self.optimizer.param_groups[0]["lr"]}))
+            logged.append((1, self.optimizer_step(total, loss_scale)))  # clips the gradients first
         self.last_batch, self.samples = (rollout, micro_batches), samples
         self.tokens += sum(sample["prompt_length"] + sample["length"] for sample in samples)
         metrics = self.summarize(samples, rewards, advantages)
         return metrics | weighted_means(logged) | {"num_tokens": self.tokens}
 
-    def sample(self, rows: Rows, num_generations: int) -> "Rollout":
-        """Completions from the policy as it is now, on merged weights if self.merges. What is
-        sampled does not depend on the number of processes, which share one stream of draws."""
+    def sample(self, rows: Rows, num_generations: int) -> Rollout:
+        """Completions from the policy as it is now, on merged weights if self.merges. What
+        is sampled does not depend on the number of processes, which share one stream of draws."""
         args = self.args
         prompts = [torch.tensor(self.encode(row), device=self.device) for row in rows]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
@@ -509,8 +532,8 @@ class GRPOTrainer:
         options = (self.args.chat_template_kwargs or {}) | (row.get("chat_template_kwargs") or {})
         return encode_prompt(row["prompt"], self.tokenizer, self.args.system_prompt, **options)
 
-    def score(self, rows: Rows, rollout: "Rollout") -> tuple[Tensor, Rows]:
-        """Every completion's rewards, (P·world, G, K) float64, NaN for None; and samples, which
+    def score(self, rows: Rows, rollout: Rollout) -> tuple[Tensor, Rows]:
+        """Every completion's rewards, (P·processes, G, K), NaN for None; and samples, which
         record each completion's prompt, text, lengths and rewards. Both are of all processes."""
         G = rollout.num_generations
         rows = [row for row in rows for _ in range(G)]  # the data's row of each completion
@@ -538,24 +561,24 @@ class GRPOTrainer:
         rewards = torch.tensor([*chain(*by_row)], dtype=torch.float64)
         return rewards.view(-1, G, len(scores)), [*chain(*gather(samples))]
 
-    def logps(self, rollout: "Rollout") -> tuple[Tensor, Tensor]:
+    def logps(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of a rollout's tokens, (b, T) each, by the model as it is."""
         return self.engine.completion_logps(self.model, rollout, temperature=self.args.temperature)
 
     def normalizers(self, mask: Tensor) -> tuple[int, float]:
-        """grpo_loss's normalizer for mask (B, T), over all processes. And a power of two to scale
-        the loss by: float16 may lose d loss / d logp, which is about 1/tokens (luspo: 1/rows)."""
+        """grpo_loss's normalizer, over all processes, for mask (B, T). And a power of two to scale
+        the loss by, lest d loss / d logp, about 1/tokens (luspo: 1/rows), vanish in float16."""
         tokens, rows = sum(gather(int(mask.sum()))), sum(gather(len(mask)))
         aggregation = AGGREGATION[self.args.loss_type]
         scale = 2.0 ** int(math.log2(max(1, rows if aggregation == "row_sum" else tokens)))
         return tokens if aggregation == "token" else rows, scale
 
     @torch.no_grad()
-    def micro_batches(self, rollout: "Rollout", advantages: Tensor) -> list[MicroBatch]:
+    def micro_batches(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
         """This process's groups, by length to save padding; with reference log-probs if beta > 0.
 
-        A group without advantage has no gradient, and needs no forward, unless for something else:
-        the KL, opmd's square, a quantile of entropies, processes that share this one's forward."""
+        A group whose advantages are all 0 is left out (though not of N), unless its forward is
+        needed: for the KL, opmd's square, a quantile of entropies, or sharded processes."""
         args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
         advantages = advantages.to(rollout.logps)[self.rank * P :][:P]  # this process's groups
         every = args.beta or args.loss_type == "opmd" or args.top_entropy_quantile < 1
@@ -594,15 +617,23 @@ class GRPOTrainer:
             weights = weights * keep.unsqueeze(1)
         return weights
 
-    def reduce_and_clip(self, loss: float, scale: float) -> tuple[float, float]:
-        """Divide gradients by scale, sum them and the loss over the processes, and clip the
-        gradients. Returns the loss, and the gradient's norm before clipping."""
+    def optimizer_step(self, loss: float, scale: float) -> dict[str, float]:
+        """Divide gradients by scale, sum them and the loss over the processes, clip, and step. What
+        is not finite is skipped. Returns the metrics; grad_norm is the norm before clipping."""
         for parameter in self.params.values():
             parameter.grad /= scale  # type: ignore[operator, assignment]
             if self.world > 1:
                 dist.all_reduce(parameter.grad)
-        norm = nn.utils.clip_grad_norm_(self.params.values(), self.args.max_grad_norm)
-        return sum(gather(loss)), norm.item()
+        norm = nn.utils.clip_grad_norm_(self.params.values(), self.args.max_grad_norm).item()
+        loss = sum(gather(loss))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.schedule(self.step)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        self.step += 1  # skipped or not: the schedule counts updates
+        metrics = {"loss": loss, "grad_norm": norm, "skipped_updates": float(not finite)}
+        return metrics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     # ---- running
 
@@ -829,8 +860,8 @@ def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float
 
 @contextmanager
 def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None]:
-    """Eval mode within; each module's own mode after. adapter_dropout: for the loss, the adapter's
-    dropout and activation checkpointing are on. The base model's own dropout is off."""
+    """Eval mode within, each module's own mode after. adapter_dropout: all but the adapter's
+    dropout and activation checkpointing, which the loss needs."""
     with ExitStack() as after:
         for name, module in model.named_modules():
             held = vars(module)  # a checkpointed layer may hold its dropout rate as a number
@@ -888,39 +919,6 @@ def to_json(value: Any) -> str:
 # ---------------------------------------------------------------------------------------- rollout
 
 
-@dataclass
-class Rollout:
-    """P prompts and the G completions of each, B = P·G rows; the rows of a prompt are adjacent."""
-
-    prompt_ids: Tensor  # (P, L), left-padded
-    prompt_mask: Tensor  # (P, L) bool
-    completion_ids: Tensor  # (B, T), right-padded; T is the longest row
-    completion_mask: Tensor  # (B, T) bool, True up to and including the first EOS
-    logps: Tensor  # (B, T), the sampler's own, at its temperature; 0 where masked
-
-    def __post_init__(self) -> None:  # a mask of numbers would be taken for indices
-        self.prompt_mask = self.prompt_mask.bool()
-        self.completion_mask = self.completion_mask.bool()
-
-    @property
-    def num_generations(self) -> int:
-        return len(self.completion_ids) // len(self.prompt_ids)
-
-    def ended(self, eos_token_ids: Sequence[int]) -> Tensor:  # (B,) bool; the others were cut off
-        is_eos = torch.isin(self.completion_ids, torch.tensor(eos_token_ids).to(self.prompt_ids))
-        return (is_eos & self.completion_mask).any(dim=1)
-
-    def select(self, prompts: Sequence[int]) -> "Rollout":
-        """The groups of some prompts, without the padding that only the others need."""
-        chosen, G = torch.as_tensor(prompts, device=self.prompt_ids.device), self.num_generations
-        rows = (chosen.unsqueeze(1) * G + torch.arange(G, device=chosen.device)).flatten()  # (b,)
-        L = int(self.prompt_mask[chosen].sum(dim=1).max())
-        T = max(1, int(self.completion_mask[rows].sum(dim=1).max()))
-        completions = (self.completion_ids, self.completion_mask, self.logps)
-        prompt = self.prompt_ids[chosen, -L:], self.prompt_mask[chosen, -L:]
-        return Rollout(*prompt, *(x[rows, :T] for x in completions))
-
-
 @torch.no_grad()
 def generate(
     model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, num_generations: int,
@@ -932,9 +930,11 @@ def generate(
     It is the very policy that is trained: no top-k, top-p or penalties. Dropout is off.
     prompt_ids, prompt_mask: (P, L), left-padded. eos_token_ids: each of them ends a row; [] for
     full length. Where the model has a cache, a prompt is read once, and its keys and values are
-    repeated for its G rows. A row that ended leaves the batch. The draws are uniform numbers (B,
-    max_completion_length), made first. They belong to their rows: what one does changes no other.
+    repeated for its G rows. A row that ended leaves the batch. The uniform numbers, (B,
+    max_completion_length), are drawn first: no row's length changes what another draws.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature}: must be above 0; 1e-4 is nearly greedy")
     lm = model if isinstance(model, CausalLM) else CausalLM(model)
     G, device = num_generations, prompt_ids.device
     drawn_on = generator.device if generator else "cpu"  # the same draws wherever the model is

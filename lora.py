@@ -533,8 +533,8 @@ def check_settings(settings: Any) -> None:
         if isinstance(value, dict):
             values = {f"{f.name}[{key!r}]": x for key, x in value.items()}
         for name, x in values.items() if value is not None else ():
-            if "choices" in rules:
-                check_choice(x, rules["choices"], name, why)
+            if choices := rules.get("choices", [True, False] if f.type is bool else []):
+                check_choice(x, choices, name, why)
             number = isinstance(x, kind) and not isinstance(x, bool) and math.isfinite(x)
             if bounds and not (number and all(holds[rule](x, rules[rule]) for rule in bounds)):
                 words = " and ".join(f"{rule.replace('_', ' ')} {rules[rule]}" for rule in bounds)

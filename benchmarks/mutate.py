@@ -301,7 +301,7 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
      "tokens if aggregation == 'row_sum' else rows"): "another power of two",
     ('scale = 2.0 ** int(math.log2(max(1, rows if aggregation == "row_sum" else tokens)))',
      "aggregation == 'row_sum'", "aggregation != 'row_sum'"): "another power of two",
-    ('logged.append((1, means | {"learning_rate": self.optimizer.param_groups[0]["lr"]}))',
+    ("logged.append((1, self.optimizer_step(total, loss_scale)))",
      "1", "2"): "a weight that all have",
     ("log_metric = lambda name, x: self.reward_metrics.append((1, {str(name): float(x)}))",
      "1", "2"): "a weight that all have",

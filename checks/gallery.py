@@ -291,9 +291,10 @@ GALLERY = [
         "test_the_logged_loss_is_that_of_the_whole_batch"),
     Bug(28, "grad norm read after zero_grad",
         "Lightning-AI/pytorch-lightning#272", "grpo_lora.py",
-        "return sum(gather(loss)), norm.item()",
+        'metrics = {"loss": loss, "grad_norm": norm,',
         "self.optimizer.zero_grad(set_to_none=False); "
-        "return sum(gather(loss)), nn.utils.clip_grad_norm_(self.params.values(), 1.0).item()",
+        "norm = nn.utils.clip_grad_norm_(self.params.values(), 1.0).item(); "
+        'metrics = {"loss": loss, "grad_norm": norm,',
         "test_the_logged_loss_is_that_of_the_whole_batch"),
     Bug(29, "the sampler's log-probs compared with those of a policy that has moved since",
         "this project", "grpo_lora.py",
@@ -316,7 +317,7 @@ GALLERY = [
         "test_no_file_beside_the_script_is_read_unasked"),
     Bug(33, "a NaN policy goes unnoticed where all rewards are equal",
         "this project", "grpo_lora.py",
-        "if not rollout.logps.isfinite().all():", "if False:",
+        "total = 0.0 if rollout.logps.isfinite().all() else math.nan", "total = 0.0",
         "test_a_policy_that_is_nan_is_noticed_where_no_group_has_an_advantage"),
     Bug(34, "a library renames the cache, and every model takes the slow path unnoticed",
         "this project", "grpo_lora.py",
@@ -373,12 +374,14 @@ GALLERY = [
         "test_half_precision_keeps_a_gradient_that_is_divided_by_a_million_tokens"),
     Bug(44, "a run that is resumed to a later end begins at the rate of the old one",
         "this project", "grpo_lora.py",
-        "for param_group in self.optimizer.param_groups:\n"
-        '                param_group["lr"] = param_group["initial_lr"] * self.schedule(self.step)  # a factor\n'
-        "            if finite:\n                self.optimizer.step()\n",
-        "if finite:\n                self.optimizer.step()\n"
-        "            for param_group in self.optimizer.param_groups:\n"
-        '                param_group["lr"] = param_group["initial_lr"] * self.schedule(self.step + 1)\n',
+        "for group in self.optimizer.param_groups:\n"
+        '            group["lr"] = group["initial_lr"] * self.schedule(self.step)\n'
+        "        finite = math.isfinite(loss) and math.isfinite(norm)\n"
+        "        if finite:\n            self.optimizer.step()\n",
+        "finite = math.isfinite(loss) and math.isfinite(norm)\n"
+        "        if finite:\n            self.optimizer.step()\n"
+        "        for group in self.optimizer.param_groups:\n"
+        '            group["lr"] = group["initial_lr"] * self.schedule(self.step + 1)\n',
         "test_a_schedule_that_goes_on_to_a_later_end_has_the_rate_of_a_straight_run"),
     Bug(45, "a folder is opened to flush it, which Windows cannot",
         "this project", "runner/checkpoints.py",

@@ -390,7 +390,8 @@ def test_the_sections_that_the_readme_names_can_be_copied_by_themselves():
 
     names = list(sections)
     several = names[names.index("rollout") : names.index("the model, seen as two parts") + 1]
-    needed = [inspect.getsource(f) for f in (grpo_lora.completion_mask, grpo_lora.evaluating)]
+    others = Rollout, grpo_lora.completion_mask, grpo_lora.evaluating
+    needed = [inspect.getsource(one) for one in others]
     mine, model = copy_of(*needed, *(sections[name] for name in several)), tiny_model()
     rollout = sample(model, *prompts(), engine=types.SimpleNamespace(**mine))
     whole = sample(model, *prompts())
@@ -658,11 +659,23 @@ def test_a_trainer_that_cannot_work_says_so(monkeypatch):
         ({"max_steps": 3, "num_iterations": 2}, "max_steps: not a multiple of num_iterations = 2"),
         ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation: 'sum' is unknown"),
         ({"importance_sampling_level": "row"}, "importance_sampling_level: 'row' is unknown"),
+        (
+            {"use_bias_correction_kl": "false"},
+            "use_bias_correction_kl: 'false' is unknown, did you mean 'False'",
+        ),
     ],
 )
 def test_a_setting_out_of_its_bounds_is_refused(setting, words):
     with pytest.raises(ValueError, match=words):
         GRPOConfig(**setting)
+
+
+@pytest.mark.parametrize("engine", [grpo_lora, fast])
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+def test_sampling_without_a_temperature_is_refused(temperature, engine):
+    words = "temperature = .*: must be above 0"
+    with pytest.raises(ValueError, match=words):
+        sample(tiny_model(), *prompts(), temperature=temperature, engine=engine)
 
 
 def test_a_gold_answer_in_prose_is_refused_and_a_long_title_is_not():
