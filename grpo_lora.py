@@ -4,9 +4,8 @@
     python grpo_lora.py --model M --data FILE.jsonl          your own model and data
     from grpo_lora import grpo_loss, group_advantages        or copy a function out
 
-GRPO (Shao et al. 2024, DeepSeekMath) samples a group of completions of each prompt, scores them,
-and makes each more or less likely by how it compares with its group. There is no value network.
-With LoRA (lora.py) the reference policy is the model with its adapter off: no second model either.
+GRPO (Shao et al. 2024, DeepSeekMath) makes each completion of a prompt more or less likely by how
+its reward compares with its group's. There is no value network, and with LoRA no second model.
 
 In order: the objective, settings, the trainer (`update` is the algorithm), rollout and
 log-probabilities: that is GRPO. Then: the model as two parts, data, processes. Read at first:
@@ -14,9 +13,9 @@ group_advantages, completion_mask, grpo_loss with its defaults (dapo: one ratio 
 the mean over tokens; beta 0: no KL), Rollout, MicroBatch, `update`, docstrings of what it calls.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
-a prompt are adjacent. b: the rows of a micro-batch. (Rows of the data are dicts, one a prompt.) L
+a prompt are adjacent. b: rows of a micro-batch. (`rows` of the data are dicts, one a prompt.) L
 prompt tokens, T completion tokens, V tokens in the vocabulary, H the model's width, K reward
-functions. All are of one process, unless a comment says otherwise. Left out: see README, Limits.
+functions. Counts are of one process, unless a comment says otherwise. Left out: see README, Limits.
 """
 
 import copy
@@ -169,8 +168,8 @@ def grpo_loss(
     token_weights: Tensor | None = None, max_completion_length: int | None = None,
     normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """The GRPO family: one loss. Three of its five choices are made here, by default token, clip,
-    token. (The others: the scale of group_advantages, and token_weights.)
+    """The GRPO family: one loss. Choices 1 to 3, below, are by default token, clip, token. (There
+    are two more: the scale of group_advantages, and token_weights.)
 
     A: the row's advantage. ε is epsilon, ε₊ epsilon_high (None: ε), δ delta (None: no bound).
     sg(x): x without its gradient. σ: the sigmoid. N: the number of tokens in the mask.
@@ -199,8 +198,8 @@ def grpo_loss(
     logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,).
     mask: (B, T) bool, see completion_mask; what lies outside has no influence, even NaN.
     token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer:
-    what 3. divides by, N (token) or the rows (else), of the whole optimiser batch, so that losses
-    of micro-batches add up to the batch's; None: of this call. Returns the loss, a scalar, and
+    the divisor of 3. for the whole optimiser batch (N, or its rows), so that the losses of
+    micro-batches add up to the batch's; None: this call's. Returns the loss, a scalar, and
     diagnostics, means over this call's tokens. Raises ValueError for shapes that do not fit and
     for a missing argument.
     """
@@ -226,7 +225,7 @@ def grpo_loss(
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
-    # 1. the ratio, its log bounded: else exp is inf, and 0 · inf, where clip stops gradients, NaN
+    # 1. the ratio. Its log is bounded: exp = inf would give clipped tokens a gradient 0 · inf, NaN
     log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))
     row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
     by_row = importance_sampling_level == "sequence"
@@ -410,7 +409,7 @@ class Rollout:
     completion_mask: Tensor  # (B, T) bool: see completion_mask
     logps: Tensor  # (B, T), the sampler's own, at its temperature; 0 where masked
 
-    def __post_init__(self) -> None:  # bool: x[a mask of 0 and 1] would take rows 0 and 1
+    def __post_init__(self) -> None:  # bool: x[an int mask] would index rows
         self.prompt_mask = self.prompt_mask.bool()
         self.completion_mask = self.completion_mask.bool()
 
@@ -450,10 +449,9 @@ class GRPOTrainer:
     model: a causal LM of transformers, with lora.apply_lora, wrapped by peft, or fully trainable.
     reward_funcs: functions, or names in rewards.REWARDS. train_dataset, eval_dataset: sequences of
     dicts with `prompt` (text or chat messages) and any columns that the rewards use.
-    processing_class: the tokenizer. None: the model's own. engine: an object with `generate` and
-    `completion_logps`. None: the functions below.
-    reference: a callable that returns a context manager, within which the model is the reference
-    policy. None: see lora.default_reference.
+    processing_class: the tokenizer (None: the model's own). engine: an object with `generate` and
+    `completion_logps` (None: the functions below). reference: a callable that returns a context
+    manager, within which the model is the reference policy (None: see lora.default_reference).
     callbacks: called in order after each batch, and after a first evaluation, with the trainer and
     the metrics, to which they may add. If one has a `begin`, training calls it. A Record is last.
     Raises ValueError, in one line, for what cannot work.
@@ -479,28 +477,28 @@ class GRPOTrainer:
             aggregation=args.multi_objective_aggregation,
         )  # fmt: skip
         if args.mask_truncated_completions:
-            rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)
-        normalizer, loss_scale = self.normalizers(rollout.completion_mask)  # N, and a power of 2
+            rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)  # by row
+        normalizer, loss_scale = self.normalizers(rollout.completion_mask)  # N; float16's
         micro_batches = self.micro_batches(rollout, advantages)  # of groups that have a gradient
 
         for _ in range(args.num_iterations):  # if 1, ρ is 1 throughout, and nothing is clipped
             for parameter in self.params.values():  # those that require gradients
-                parameter.grad = torch.zeros_like(parameter)  # not None: there may be no backward
+                parameter.grad = torch.zeros_like(parameter)  # zeros: micro_batches may be []
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
-            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # no step, then
-            with evaluating(self.model, adapter_dropout=True):  # no other dropout
+            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # NaN: no step
+            with evaluating(self.model, adapter_dropout=True):  # other dropout: off
                 for micro in micro_batches:
                     piece, mask = micro.rollout, micro.rollout.completion_mask
                     logps, entropies = self.logps(piece)  # (b, T) each; piece.logps: the sampler's
-                    if micro.old_logps is None:  # in the batch's first update: ρ is 1
-                        micro.old_logps = logps.detach()  # not the sampler's, which round otherwise
+                    if micro.old_logps is None:  # the batch's first update
+                        micro.old_logps = logps.detach()  # not piece.logps: rounding would move ρ
                     loss, stats = grpo_loss(
                         logps, micro.old_logps, micro.advantages, mask, ref_logps=micro.ref_logps,
                         token_weights=self.token_weights(micro, logps.detach(), micro.old_logps),
                         normalizer=normalizer, **self.objective(),  # beta, epsilon, ...: from args
                     )  # fmt: skip
-                    (loss * loss_scale).backward()  # within `with`: checkpointing reruns layers
+                    (loss * loss_scale).backward()  # within `with`: layers may run again
                     total += loss.item()
                     stats["entropy"] = entropies[mask].mean().item()
                     stats[GAP] = (micro.old_logps - piece.logps)[mask].abs().mean().item()
@@ -565,9 +563,14 @@ class GRPOTrainer:
         """Log-probs and entropies of a rollout's tokens, (b, T) each, by the model as it is."""
         return self.engine.completion_logps(self.model, rollout, temperature=self.args.temperature)
 
+    def objective(self) -> dict[str, Any]:
+        """grpo_loss's settings, as args are now."""
+        names = inspect.signature(grpo_loss).parameters
+        return {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
+
     def normalizers(self, mask: Tensor) -> tuple[int, float]:
         """grpo_loss's normalizer, over all processes, for mask (B, T). And a power of two to scale
-        the loss by, lest d loss / d logp, about 1/tokens (luspo: 1/rows), vanish in float16."""
+        the loss by: in float16 d loss / d logp, about 1/tokens (luspo: 1/rows), would vanish."""
         tokens, rows = sum(gather(int(mask.sum()))), sum(gather(len(mask)))
         aggregation = AGGREGATION[self.args.loss_type]
         scale = 2.0 ** int(math.log2(max(1, rows if aggregation == "row_sum" else tokens)))
@@ -577,7 +580,7 @@ class GRPOTrainer:
     def micro_batches(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
         """This process's groups, by length to save padding; with reference log-probs if beta > 0.
 
-        A group whose advantages are all 0 is left out (though not of N), unless its forward is
+        A group whose advantages are all 0 is skipped (N still counts it), unless its forward is
         needed: for the KL, opmd's square, a quantile of entropies, or sharded processes."""
         args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
         advantages = advantages.to(rollout.logps)[self.rank * P :][:P]  # this process's groups
@@ -705,8 +708,7 @@ class GRPOTrainer:
         return (rows + rows[-1:] * self.world)[self.rank * each :][:each]
 
     def seed(self, *what: Any) -> None:
-        """Reseed everything from the run's seed and `what`, so that a resumed run goes on as it
-        would have."""
+        """Reseed all from the run's seed and `what`: so a resumed run goes on as it would have."""
         digest = hashlib.sha256(repr((self.args.seed, *what)).encode()).digest()
         transformers.set_seed((int.from_bytes(digest[:4], "big") + self.rank) % 2**32)
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[4:8], "big"))
@@ -803,8 +805,6 @@ class GRPOTrainer:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         schedule = (args.lr_scheduler_type, self.optimizer, args.warmup_steps, args.max_steps)
         self.schedule = get_scheduler(*schedule).lr_lambdas[0]  # updates made -> factor of the rate
-        names = [name for name in inspect.signature(grpo_loss).parameters if hasattr(args, name)]
-        self.objective = lambda: {name: getattr(args, name) for name in names}  # as args are now
         self.sharded = hasattr(lm.decoder, "unshard")  # FSDP2
         bases = [m.base_layer.weight.dtype for m in model.modules() if isinstance(m, LoRALinear)]
         exact = {*bases} <= {torch.float32, torch.float64}  # in half precision merging rounds
@@ -860,8 +860,8 @@ def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float
 
 @contextmanager
 def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None]:
-    """Eval mode within, each module's own mode after. adapter_dropout: all but the adapter's
-    dropout and activation checkpointing, which the loss needs."""
+    """Eval mode within, each module's own mode after. adapter_dropout: but for the adapter's
+    dropout and activation checkpointing, which are on for the loss."""
     with ExitStack() as after:
         for name, module in model.named_modules():
             held = vars(module)  # a checkpointed layer may hold its dropout rate as a number

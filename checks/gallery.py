@@ -569,8 +569,9 @@ GALLERY = [
         "test_groups_of_equal_rewards_are_counted_by_their_rewards"),
     Bug(89, "a setting of the loss that is changed between updates acts in part",
         "this project", "grpo_lora.py",
-        "self.objective = lambda: {name: getattr(args, name) for name in names}",
-        "held = {name: getattr(args, name) for name in names}; self.objective = lambda: held",
+        "return {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}",
+        "made = {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}\n"
+        '        return vars(self).setdefault("made", made)',
         "test_a_setting_of_the_loss_may_change_between_updates"),
     Bug(90, "code that reads a switched-off module's weight, as Mamba does, gets the trained one",
         "this project", "lora.py",
