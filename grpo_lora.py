@@ -1,8 +1,6 @@
 """GRPO with LoRA, whole: the objective, the trainer and the rollout, on plain transformers models.
 
-    python grpo_lora.py                                      a demo: no network, about a minute
-    python grpo_lora.py --model M --data FILE.jsonl          your own model and data
-    from grpo_lora import grpo_loss, group_advantages        or copy a function out
+    python grpo_lora.py        a demo: no network, about a minute
 
 GRPO (Shao et al. 2024, DeepSeekMath) makes each completion of a prompt more or less likely by how
 its reward compares with its group's. There is no value network, and with LoRA no second model.
@@ -195,13 +193,12 @@ def grpo_loss(
          constant   the sum / (rows · max_completion_length); dr_grpo
          row_sum    the sum / rows; luspo
 
-    logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,).
-    mask: (B, T) bool, see completion_mask; what lies outside has no influence, even NaN.
-    token_weights: (B, T), factors of each token's surrogate (KL and N ignore them). normalizer:
-    the divisor of 3. for the whole optimiser batch (N, or its rows), so that the losses of
-    micro-batches add up to the batch's; None: this call's. Returns the loss, a scalar, and
-    diagnostics, means over this call's tokens. Raises ValueError for shapes that do not fit and
-    for a missing argument.
+    logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,). mask:
+    (B, T) bool, see completion_mask; what lies outside has no influence, even NaN. token_weights:
+    (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: the divisor of 3.
+    for the whole optimiser batch (N, or its rows), so that the losses of micro-batches add up to
+    the batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over this
+    call's tokens. Raises ValueError for shapes that do not fit and for a missing argument.
     """
     B, T = logps.shape
     shapes: dict[str, Any] = {"old_logps": (old_logps, (B, T)), "advantages": (advantages, (B,))}
@@ -308,8 +305,7 @@ class GRPOConfig:
     temperature: float = setting(1.0, "The policy is softmax(logits / temperature).", above=0,
                                  why=" (greedy sampling gives a group of equal completions)")
     system_prompt: str | None = setting(None, "Put before every prompt; makes text prompts chats.")
-    chat_template_kwargs: dict[str, Any] | None = setting(
-        None, "For the chat template; a row's column of this name overrides it.")
+    chat_template_kwargs: dict[str, Any] | None = setting(None, "For the template; a row's win.")
     mask_truncated_completions: bool = setting(False, "Leave rows without an EOS out of the loss.")
     # the objective: see grpo_loss, group_advantages, kl_penalty
     loss_type: str = setting("dapo", "Surrogate and aggregation.", choices=tuple(AGGREGATION))
@@ -448,13 +444,13 @@ class GRPOTrainer:
 
     model: a causal LM of transformers, with lora.apply_lora, wrapped by peft, or fully trainable.
     reward_funcs: functions, or names in rewards.REWARDS. train_dataset, eval_dataset: sequences of
-    dicts with `prompt` (text or chat messages) and any columns that the rewards use.
-    processing_class: the tokenizer (None: the model's own). engine: an object with `generate` and
-    `completion_logps` (None: the functions below). reference: a callable that returns a context
-    manager, within which the model is the reference policy (None: see lora.default_reference).
-    callbacks: called in order after each batch, and after a first evaluation, with the trainer and
-    the metrics, to which they may add. If one has a `begin`, training calls it. A Record is last.
-    Raises ValueError, in one line, for what cannot work.
+    dicts with `prompt` (text or chat messages) and columns for the rewards. processing_class: the
+    tokenizer (None: the model's own). engine: an object with `generate` and `completion_logps`
+    (None: the functions below). reference: a callable that returns a context manager, within which
+    the model is the reference policy (None: see lora.default_reference). callbacks: called in order
+    after each batch, and a first evaluation, with the trainer and the metrics, to which they may
+    add; before training `begin`, if one has it. A Record is last. Raises ValueError, in one line,
+    for what cannot work.
     """
 
     step = 0  # optimiser updates made
@@ -544,7 +540,7 @@ class GRPOTrainer:
         opened = [OPENED.findall(str(self.tokenizer.decode(tail[seen])))[0] for tail, seen in tails]
         texts = [opened[i // G] + text for i, text in enumerate(texts)]
         state = SimpleNamespace(**vars(self.args), global_step=self.step)
-        log_metric = lambda name, x: self.reward_metrics.append((1, {str(name): float(x)}))
+        log_metric = lambda name, value: self.reward_metrics.append((1, {str(name): float(value)}))
         given = {"trainer_state": state, "log_metric": log_metric}
         scores, extra = call_rewards(self.reward_funcs, rows, texts, ids, **given)
         columns = extra | {  # ours replace what a reward logs by the same name
@@ -641,8 +637,7 @@ class GRPOTrainer:
     # ---- running
 
     def train(self, until: int | None = None) -> dict[str, Any]:
-        """Run to max_steps, or to the last whole batch up to update `until`, or until `stop` is
-        set. Returns the last metrics."""
+        """Run to max_steps, the last whole batch by update `until`, or `stop`. Returns metrics."""
         args, n, metrics = self.args, self.args.num_iterations, dict[str, Any]()
         self.end = end = min(args.max_steps, args.max_steps if until is None else until) // n * n
         for callback in self.callbacks:
@@ -690,7 +685,7 @@ class GRPOTrainer:
             samples += some
         samples = samples[: len(data)]  # the last rows may have been repeated
         metrics = self.summarize(samples, torch.cat(rewards)[: len(data)])
-        self.eval_samples = [{"split": "eval", **sample} for sample in samples]
+        self.eval_samples = [sample | {"split": "eval"} for sample in samples]
         return {f"eval_{key}": value for key, value in metrics.items()}
 
     def batch(self, index: int) -> list[dict[str, Any]]:
@@ -746,6 +741,12 @@ class GRPOTrainer:
     ) -> None:  # fmt: skip
         if isinstance(model, str):
             raise ValueError(f"model: load it: AutoModelForCausalLM.from_pretrained({model!r})")
+        if not isinstance(args, GRPOConfig):
+            raise ValueError(f"args: must be grpo_lora.GRPOConfig, not {type(args).__module__}'s")
+        funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        for one in (*funcs, *callbacks):
+            if isinstance(one, nn.Module) or not (callable(one) or isinstance(one, str)):
+                raise ValueError(f"{one!r:.60}: rewards and callbacks must be plain functions here")
         self.model: Any = model
         self.args = args = replace(args)  # ours: the caller's stays as it is
         self.engine = engine or sys.modules[__name__]
@@ -755,7 +756,6 @@ class GRPOTrainer:
             raise ValueError(f"{size}: must be a multiple of the {self.world} processes")
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(model)
-        funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         self.reward_funcs = [reward_function(f) for f in funcs]
         names = [reward_name(f) for f in self.reward_funcs]
         self.reward_names = [n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)]
@@ -837,9 +837,8 @@ def sampler_weights(
 ) -> Tensor:
     """Corrects for a sampler that is not quite the policy that is scored.    (B, T) -> (B, T)
 
-    w = exp(old_logp - sampled_logp), of a token, or of the row (the product of its tokens'). Mode
-    token_truncate, sequence_truncate: clipped to low..high (TIS); token_mask, sequence_mask: 0
-    outside (IcePop).
+    w = exp(old_logp - sampled_logp), of a token, or of the row (the product of its tokens'). Modes
+    ..._truncate: clipped to low..high (TIS). Modes ..._mask: 0 outside (IcePop).
     """
     gap = torch.where(mask, old_logps - sampled_logps, 0.0)
     level, _, how = mode.partition("_")
@@ -913,10 +912,13 @@ class Record:
 
 def to_json(value: Any) -> str:
     """One line of JSON. NaN and infinities, which JSON lacks, become null."""
-    return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None))
+    number = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)  # NumPy's, a tensor's
+    return json.dumps(json.loads(json.dumps(value, default=number), parse_constant=lambda _: None))
 
 
 # ---------------------------------------------------------------------------------------- rollout
+
+widest = lambda device: torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs
 
 
 @torch.no_grad()
@@ -927,11 +929,11 @@ def generate(
 ) -> Rollout:  # fmt: skip
     """Sample G completions of each prompt from the whole of softmax(logits / temperature).
 
-    It is the very policy that is trained: no top-k, top-p or penalties. Dropout is off.
-    prompt_ids, prompt_mask: (P, L), left-padded. eos_token_ids: each of them ends a row; [] for
-    full length. Where the model has a cache, a prompt is read once, and its keys and values are
-    repeated for its G rows. A row that ended leaves the batch. The uniform numbers, (B,
-    max_completion_length), are drawn first: no row's length changes what another draws.
+    It is the very policy that is trained: no top-k, top-p or penalties. No dropout. prompt_ids,
+    prompt_mask: (P, L), left-padded. eos_token_ids: each of them ends a row; [] for full length.
+    Where the model has a cache, a prompt is read once, and its keys and values are repeated for its
+    G rows. A row that ended leaves the batch. The uniform numbers, (B, max_completion_length), are
+    drawn first: no row's length changes what another draws.
     """
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature}: must be above 0; 1e-4 is nearly greedy")
@@ -985,11 +987,6 @@ def _write_rows(
         unread = context if cache is None else context[:, -1:]
         logits = lm.next_logits(unread, seen, cache)  # (r, V)
     return ids, logps
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """float64, but on Apple's GPUs, which have none."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def draw_tokens(log_probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -1063,14 +1060,16 @@ class CausalLM:
 
     def __init__(self, model: Any) -> None:
         wrapped = hasattr(model, "get_base_model")  # a peft.PeftModel
-        self.core: Any = model.get_base_model() if wrapped else model
+        core = model.get_base_model() if wrapped else model
+        self.core: Any = getattr(core, "_orig_mod", core)  # of a model that torch.compile wraps
         check_causal(self.core, getattr(model, "peft_config", {}))
         # get_decoder is wrong for Llama 4 and ModernBERT: take the child that holds the embeddings
         embeddings = self.core.get_input_embeddings()
         parts = [m for m in (self.core.get_decoder(), *self.core.children()) if m is not self.core]
         self.decoder: Any = next(part for part in parts if embeddings in part.modules())
         accepted = inspect.signature(self.decoder.forward).parameters
-        self.takes_positions = "position_ids" in accepted
+        own = any(hasattr(m, "create_position_ids_from_input_ids") for m in self.decoder.modules())
+        self.takes_positions = "position_ids" in accepted and not own  # RoBERTa's have an offset
         names = ("cache", "past_key_values")  # transformers from 5.24, and before
         self.cache_name = next((name for name in names if name in accepted), "")
         self.takes_cache = bool(self.cache_name) and not getattr(self.core, "_is_stateful", False)
@@ -1083,10 +1082,11 @@ class CausalLM:
     ) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """Prompts (p, L) that go through the model at once, their mask, and their p·G rows.
 
-        All, or each alone where left padding is unsafe: where the model counts positions itself,
-        padding included; where a recurrent state runs through the padding; and with eager attention
-        in float64, where rows that see nothing become NaN (-1.8e308 is -inf to float32) and spread.
+        All, or each alone where left padding is unsafe: where the model counts it as positions, or
+        runs a recurrent state through it, or is eager attention in float64 (NaN).
         """
+        if not mask.numel() or not mask[:, -1].all():
+            raise ValueError("prompt_mask: a prompt is empty, or not padded on the left")
         kind = self.core.config._attn_implementation, self.core.dtype
         safe = self.takes_cache and self.takes_positions and kind != ("eager", torch.float64)
         size = len(ids) if together and safe else 1
@@ -1113,8 +1113,8 @@ class CausalLM:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V), by the model's own head, whatever that does; at least float32."""
         decoder = Mock(return_value=_DecoderOutput(hidden.unsqueeze(0)))
-        # torch calls this in place of forward and its hooks (it is what compiling a module sets)
-        with patch.object(self.decoder, "_compiled_call_impl", decoder):
+        called = "_compiled_call_impl"  # in place of forward and hooks; a compiled module has it
+        with patch.object(self.decoder, called, decoder), patch.object(self.core, called, None):
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             result = self.core(input_ids=ids, use_cache=False)
         if not decoder.called:

@@ -231,7 +231,7 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
     Raises ValueError, with the names that would do, where a target, a module to save or a pattern
     matches nothing. A model that is refused is left as it was.
     """
-    return _insert(model, config, make_adapters(model, config))
+    return _insert(model, config, make_adapters(getattr(model, "_orig_mod", model), config))
 
 
 def make_adapters(model: Any, config: LoRAConfig, strict: bool = True) -> Adapters:
@@ -457,7 +457,7 @@ def save_lora(model: Any, directory: str | Path) -> None:
     (peft's, or one trained in full) is saved by its own library."""
     if not hasattr(model, "lora_config"):
         return model.save_pretrained(directory)
-    directory, adapters = Path(directory), _adapters(model)
+    directory, adapters = Path(directory), _adapters(getattr(model, "_orig_mod", model))
     directory.mkdir(parents=True, exist_ok=True)
     base_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}

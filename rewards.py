@@ -53,8 +53,7 @@ def extract_answer(text: str) -> str | None:
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
     hashed = [after.partition("\n")[0] for after in re.split("(?<!#)####(?!#)", text)[1:]]
-    found = map(unwrap, [*_boxed(text), *tagged[::-1], *hashed[::-1]])
-    return next(filter(None, found), None)
+    return next(filter(None, map(unwrap, [*_boxed(text), *tagged[::-1], *hashed[::-1]])), None)
 
 
 def unwrap(text: str) -> str:
@@ -87,7 +86,7 @@ _REWRITES = [  # notations that do not change the meaning, one after the other
     (r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)(?:\\[!()[\]]|\$)", ""),
     (r"\\(?:[dtc](frac)|(le|ge|ne)q)(?![A-Za-z])", r"\\\1\2"),  # \dfrac is \frac, \leq is \le
     (r"[\u2212\u2012\u2013\u2014]", "-"),
-    (r"\\%|(?<=[0-9])\s*percent$", "%"),
+    (r"\\%|(?<=[0-9])\s*percent\s*$", "%"),
     (r"°|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
     (r"(?:(?<!\\)\\[ ,;:]|(?<=[\w}])~|\\q?quad(?![A-Za-z])|\s)+", " "),
     (r"(\\[A-Za-z]+) (?![A-Za-z])|(?<![^\W_]|\.) | (?![^\W_]|\.)|(?<=[0-9]) (?=[A-Za-z])", r"\1"),
@@ -97,21 +96,21 @@ _REWRITES = [  # notations that do not change the meaning, one after the other
 ]
 _DECIMAL = r"(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][+-]?[0-9]{1,3})?"  # 12, 12.5, .5, 1e3
 _NUMBER = (  # where it stands alone, or alone between brackets and commas
-    r"(?:(?<![^(\[{,;&\\])|(?<=n\{.matrix\}))(?!(?<=[^\n])0[0-9]|-0,|[+-]?[0-9]+\.000,)"  # 0,05
+    r"(?:(?<![^(\[{,;&\\])|(?<=n\{.matrix\}))(?<!line\{)(?!(?<=[^\n])0[0-9]|-0,|[+-]?[0-9]+\.000,)"
     r"([+-]?)(?:([0-9]++)(?: |(?=\\)))?"  # the 1 of 1 1/2
     rf"(?:\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}"
     rf"|({_DECIMAL})(?:/({_DECIMAL})|\\(?:times|cdot)10\^\{{(-?[0-9]{{1,3}})\}})?)"
-    r"(%?)(?=$|[)\]},;&]|\\[\\}]|\\end)"
+    r"(%?)(?=$|[)\]}](?!_)|[,;&]|\\[\\}]|\\end)"  # 0,05 is none, nor is 1e1 in (1e1)_{16}
 )
 _UNIT = re.compile(  # up to three words at the end, one of them a plural or known; or a symbol
     r"(?i)(?:\\[ ,;:!]|~|\s)*+(?:\\(?:text|mbox|mathrm(?=\W+[a-z]{2}))\s*\{~?|(?<=\s)|(?=[cm]m\b))"
     r"(?=[a-z/\s]{0,40}(?<![a-z])(?:(?-i:[mghsLJNWV])\s*\}|(?:[ckm]m|kg|ft|lbs?|hrs?|min|sec|mph|"
     r"in|inch|feet|hour|day|year|dollar|people|(?:wo)?men|children|[a-z]{2,}[a-rt-z]s)\b))"
-    r"(?![a-z/\s]{0,40}\b(?:(?:in|sec|m|b|mm)\s+[a-z]|(?-i:MM)|(?:one|two|three|four|five|six|ten|"
-    r"seven|eight|nine|eleven|twelve|zero|third|(?!month)[a-z]*th|hal(?:f|ve)|quarter|mil(?!e)|pi|"
-    r"[a-z]+(?:teen|tie|ty|illi?one?|illiard)|hundred|thousand|lakh|crore|dozen|score|gross|grand|"
-    r"(?:per)?cent(?:age)?|and|or|to|of|out|plus|minus|by|times|over|below|factorial|negative|"
-    r"basis|k|root|repeat(?:ing)?|recurring|binary|[bmt]n)(?:e?s)?\b))"
+    r"(?![a-z/\s]{0,40}\b(?:(?:in|sec|mm|[a-z])\s+[a-z]|(?-i:MM)|(?:one|two|three|four|five|six|"
+    r"ten|seven|eight|nine|eleven|twelve|zero|third|(?!month)[a-z]*th|hal(?:f|ve)|quarter|mil(?!e)|"
+    r"pi|[a-z]+(?:teen|tie|ty|illi?one?|illiard)|hundred|thousand|lakh|crore|dozen|score|gross|"
+    r"grand|(?:per)?cent(?:age)?|and|or|to|of|out|plus|minus|by|times|over|below|factorial|"
+    r"negative|basis|k|root|repeat(?:ing)?|recurring|binary|octal|hex|[bmt]l?n|mio|thou)(?:e?s)?\b))"
     r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?\.?$"
     r"|(?<![^\s+-])(?:\\\$|[€£])|(?:[€£°]|\\\$|\^\s*\{?\s*\\circ\s*\}?)$"
 )
@@ -124,7 +123,7 @@ def canonical_answer(answer: Any) -> Fraction | str:
     Numbers: 42, -3, 1,234, .5, 3/4, 1 1/2, 50% (= 1/2), 1e3, 2\times10^3, \frac12, 1\frac{1}{2}.
     ASCII digits only. Sets, tuples, intervals and matrices: element by element; sets in any order.
     All else as it stands, but for notations that mean the same. White space counts between
-    letters and before a digit, and case in all but words (\Gamma is not \gamma, nor is AB ab).
+    letters and before a digit, and case but in words and choices (B is b, AB is not ab).
 
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
@@ -139,8 +138,7 @@ def canonical_answer(answer: Any) -> Fraction | str:
         text = re.sub(pattern, replacement, text)
     text = re.sub(_NUMBER, _value, re.sub(r"(?<![.\s])\s*\.?[,;:\s]*$", "", text))
     text = re.sub(r"^[({]([^(){}[\],;]+)[)}]$", r"\1", text)  # (B) is B
-    # words (yes, Anna, NONE) and a choice, B, lose their case; commands, variables, units keep it
-    word = r"(?<!\\)(?<![^\\]\{)\b(?:(?i:yes|no)|[^\W\d_][^\W\d_A-Z]{3,}|[A-Z]{4,})\b|^[A-J]$"
+    word = r"(?<!\\)(?<![^\\]\{)\b(?:(?i:yes|no)|[^\W\d_][^\W\d_A-Z]{3,}|[A-Z]{4,})\b|^[A-DF-HJ]$"
     text = re.sub(word, lambda match: match[0].lower(), text)
     ordered = lambda match: ",".join(sorted(re.split(r",(?![^(]*\))(?![^{]*\})", match[1])))
     flat = r"(?:[^{}[\]();\\]|\\[A-Za-z]++|\{[^{}]*\}|\([^()]*\))*"  # no sets of sets
@@ -153,7 +151,7 @@ def _value(match: re.Match[str]) -> str:
     sign, whole, above, below, n, d, power, percent = match.groups()
     top, bottom = above or n, Fraction(below or d or 1)
     value = bottom and Fraction(top) * Fraction(10) ** int(power or 0) / bottom
-    mixed = (below or d) and top[0] != "0" and len(top) != 3 and 0 < value < 1
+    mixed = (below or d) and top[0] != "0" and (above or len(top) != 3) and 0 < value < 1
     if not bottom or (whole and not mixed):
         return match[0]  # 1 1/2 is a number, 1 200/300 is none, nor is 1/0
     value = (int(whole or 0) + value) / (100 if percent else 1)
@@ -195,8 +193,9 @@ def accuracy_reward(prompts, completions, answer, **columns) -> Rewards:
 def gold_answer(gold: Any) -> Any:
     r"""The gold answer in a field of the data, None where that is empty or NaN. A list of one is
     that one. A text that marks its answer (as in extract_answer) is read like a completion."""
+    gold = gold.tolist() if hasattr(gold, "tolist") else gold  # an array of NumPy, a tensor
     gold = gold[0] if isinstance(gold, list | tuple) and len(gold) == 1 else gold
-    missing = gold is None or gold != gold or not str(gold).strip("[] \n\t")
+    missing = gold is None or str(gold).strip("[] \n\t") in ("", "<NA>") or gold != gold
     return None if missing else extract_answer(str(gold)) or gold
 
 
@@ -333,10 +332,11 @@ def check_row(function: Callable[..., Any], row: Any) -> None:
         what = f"reward {reward_name(function)}: {error}"
         raise ValueError(f"{what}; the row has {', '.join(row)}") from None
     if inspect.unwrap(function) in (accuracy_reward, length_reward, cosine_reward):
-        gold = gold_answer(row.get("solution") if row.get("answer") is None else row["answer"])
-        words = len(re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", str(gold)))
+        raw = row.get("solution") if gold_answer(row.get("answer")) is None else row["answer"]
+        gold, marked = gold_answer(raw), extract_answer(str(raw))
+        words = 0 if marked else len(re.findall(r"(?<![\\{A-Za-z])[A-Za-z]{2,}", str(gold)))
         prose = words > 7 and re.search(r"[a-z0-9)][.!?]\s+[A-Z]", str(gold))  # not a long title
-        if prose or words > 15 or isinstance(gold, list | tuple | dict):
+        if prose or words > 15 or isinstance(gold, list | tuple | dict | set | bytes):
             what = f"no completion can match the gold answer {gold!s:.60}"
             raise ValueError(f"{what}: give the answer alone, or mark it with \\boxed{{}} or ####")
 
@@ -347,14 +347,14 @@ def call_rewards(
     """Every function's scores of the completions, NaN for None, and what they log with log_extra.
     rows: each completion's row of the data. `solution` serves as `answer` where that is missing."""
     extra: dict[str, list[Any]] = {}
-    lacks = lambda row: "solution" in row and row.get("answer") is None
+    lacks = lambda row: "solution" in row and gold_answer(row.get("answer")) is None
     rows = [{**row, "answer": row["solution"]} if lacks(row) else row for row in rows]
     columns: Any = {n: [row.get(n) for row in rows] for n in dict.fromkeys(itertools.chain(*rows))}
     prompts = columns.pop("prompt")
     chat = lambda text: [{"role": "assistant", "content": text}]
     replies = [t if isinstance(p, str) else chat(t) for p, t in zip(prompts, texts, strict=True)]
     columns |= {"prompts": prompts, "completions": replies, "completion_ids": ids}
-    given["log_extra"] = lambda name, values: extra.__setitem__(str(name), list(values))
+    given["log_extra"] = lambda column, values: extra.__setitem__(str(column), list(values))
     scores: list[list[float]] = []
     for function in functions:
         name = reward_name(function)

@@ -367,6 +367,48 @@ def test_warnings_stay_silent_on_a_healthy_run_and_each_is_in_the_table():
     }  # fmt: skip
 
 
+def said(rows):
+    """What EarlyWarnings says of a run whose metrics are fine but for what the rows have."""
+    fine = {"frac_reward_zero_std": 0.0, "completions/clipped_ratio": 0.0, "grad_norm": 1.0}
+    warnings, fine = watch.EarlyWarnings(), fine | {"skipped_updates": 0.0}
+    checked = (fine | {"step": i + 1, "reward": i / 50} | row for i, row in enumerate(rows))
+    return [text for row in checked for text in warnings.check(row)]
+
+
+def test_warning_entropy_though_an_early_update_had_no_gradient_and_so_no_entropy():
+    rows = [{"entropy": 2.0 if i < 10 else 0.001} if i != 2 else {} for i in range(20)]
+    assert "entropy/first is 0.0005" in said(rows)[0]
+    assert not said([{"entropy": 2.0}] * 20)
+
+
+def test_no_warning_of_a_reward_that_was_learnt_in_three_updates():
+    assert not said([{"reward": reward} for reward in [0.1, 0.4, 0.7] + [0.9] * 37])
+    assert "reward is 0.4: no higher" in said([{"reward": 0.4}] * 40)[0]
+
+
+def test_no_warning_of_a_small_gradient_after_smaller_ones():
+    assert not said([{"grad_norm": 0.002}] * 20 + [{"grad_norm": 0.1}])
+    assert "grad_norm/usual" in said([{"grad_norm": 0.02}] * 20 + [{"grad_norm": 1.1}])[0]
+
+
+def test_a_metric_that_a_reward_logs_as_idle_is_no_list_of_adapters():
+    assert not said([{"idle": 2.0}] * 5)
+
+
+def test_a_curve_of_a_long_run_keeps_its_peaks_and_its_end():
+    points = [(step, 1.0 + step % 7) for step in range(1, 1235)]
+    points[503], points[707] = (504, 1e3), (708, -1e3)
+    kept = report.thinned(points)
+    assert {points[0], points[503], points[707], points[-1]} <= {*kept} <= {*points}
+    assert 250 <= len(kept) <= 504 and kept == sorted(kept)
+    assert report.thinned(points[:400]) == points[:400]
+
+
+def test_the_label_of_a_number_just_below_a_hundred(tmp_path):
+    page = report.curve([{"step": 1, "x": 99.6}, {"step": 2, "x": 99.4}], ["x"])
+    assert ">100<" in page and ">99<" in page
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
@@ -865,6 +907,21 @@ def test_trls_names_of_the_sampler_correction_are_taken():
     _, _, args = cli.parse(["--model", "m", "--data", "d", *flags.split()])
     bounds = args.sampler_correction_clip_min, args.sampler_correction_clip_max
     assert (args.sampler_correction, *bounds) == ("token_mask", 0.5, 2.0)
+
+
+def test_keeping_all_checkpoints_comes_back_from_the_file(tmp_path):
+    run, lora, args = cli.parse(["--model", "m", "--data", "d", "--save_total_limit", "None"])
+    path = cli.write_settings(tmp_path / "settings.args", run, lora, args)
+    assert run.save_total_limit is None and cli.parse([f"@{path}"]) == (run, lora, args)
+
+
+def test_a_checkpoint_that_was_moved_away_and_linked_to_is_unlinked_when_it_is_old(tmp_path):
+    run(tmp_path / "run", stop_at=2, save_total_limit=1)
+    (tmp_path / "run/checkpoint-2").rename(tmp_path / "elsewhere")
+    (tmp_path / "run/checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    assert run(tmp_path / "run", resume=True, save_total_limit=1).step == 6
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert (tmp_path / "elsewhere/state.json").exists()
 
 
 def test_template_arguments_are_read_as_json_and_come_back_from_the_file(tmp_path):

@@ -499,6 +499,7 @@ def test_a_state_is_a_copy_and_fits_its_trainer_alone():
 
 def test_a_setting_of_the_loss_may_change_between_updates():
     changed, constant = trainer(num_iterations=1), trainer(loss_type="grpo", beta=0.5)
+    assert changed.objective()["beta"] == 0
     changed.args.loss_type, changed.args.beta = "grpo", 0.5
     for name in ("loss", "grad_norm", "kl"):
         assert update(changed)[name] == pytest.approx(update(constant)[name], nan_ok=True)
@@ -670,6 +671,123 @@ def test_a_setting_out_of_its_bounds_is_refused(setting, words):
         GRPOConfig(**setting)
 
 
+def test_a_marked_gold_answer_may_have_many_words():
+    fruit = ", ".join(["apple", "banana", "cherry", "date"] * 4)
+    with pytest.raises(ValueError, match="no completion can match the gold answer apple, banana"):
+        rewards.check_row(rewards.accuracy_reward, {"prompt": "", "answer": fruit})
+    for marked in (f"\\boxed{{{fruit}}}", f"#### {fruit}"):
+        rewards.check_row(rewards.accuracy_reward, {"prompt": "", "answer": marked})
+        assert rewards.accuracy_reward(None, [marked], [marked]) == [1.0]
+
+
+def test_a_gold_answer_may_be_an_array_of_one_and_not_of_two():
+    import numpy
+
+    score = lambda gold: rewards.accuracy_reward(None, ["#### 5"], [gold])
+    for gold in (numpy.array(["5"]), numpy.array([5]), torch.tensor(5), numpy.int64(5)):
+        rewards.check_row(rewards.accuracy_reward, {"prompt": "", "answer": gold})
+        assert score(gold) == [1.0]
+    for gold in (numpy.array(["5", "6"]), b"5", {"5"}):
+        with pytest.raises(ValueError, match="no completion can match the gold answer"):
+            rewards.check_row(rewards.accuracy_reward, {"prompt": "", "answer": gold})
+
+
+def test_a_reward_may_log_by_trls_names_of_the_arguments():
+    def logs(completions, log_metric, log_extra, **columns):
+        log_metric(name="mean_len", value=3.0)
+        log_extra(column="n", values=[torch.tensor(0.5)] * len(completions))
+        return [0.0] * len(completions)
+
+    t = trainer(reward=logs, max_steps=1)
+    assert t.train()["mean_len"] == 3.0
+    assert json.loads(grpo_lora.to_json(t.samples[0]))["n"] == 0.5
+
+
+def test_an_evaluation_s_samples_are_known_as_such_whatever_a_reward_logs(tmp_path):
+    def logs(completions, log_extra, **columns):
+        log_extra("split", ["train"] * len(completions))
+        return [0.0] * len(completions)
+
+    t = trainer(reward=logs, max_steps=1, eval_rows=ROWS[:2])
+    t.evaluate()
+    assert {sample["split"] for sample in t.eval_samples} == {"eval"}
+
+
+@pytest.mark.parametrize("engine", [grpo_lora, fast])
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0], [0, 0, 0, 0], []])
+def test_prompts_that_are_not_padded_on_the_left_are_refused(mask, engine):
+    mask = torch.tensor([[1] * len(mask), mask])
+    with pytest.raises(ValueError, match="prompt_mask: a prompt is empty, or not padded on the le"):
+        sample(tiny_model(), mask + 5, mask, engine=engine)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_is_sampled_and_scored_uncompiled(in_place):
+    model, (ids, mask) = with_adapters(tiny_model()), prompts()
+    plain = sample(model, ids, mask)
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    for engine in (grpo_lora, fast):
+        rollout = sample(model, ids, mask, engine=engine)
+        assert torch.equal(rollout.completion_ids, plain.completion_ids)
+        logps, _ = engine.completion_logps(model, rollout, temperature=0.7)
+        torch.testing.assert_close(logps, rollout.logps, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_the_adapter_of_a_compiled_model_is_saved_by_its_own_names(compiled_first, tmp_path):
+    model = tiny_model()
+    if compiled_first:
+        model = torch.compile(model, backend="eager")
+    model = with_adapters(model)
+    if not compiled_first:
+        model = torch.compile(model, backend="eager")
+    lora.save_lora(model, tmp_path)
+    again = lora.load_lora(tiny_model(), tmp_path)
+    ids = torch.arange(5, 12).unsqueeze(0)
+    assert torch.equal(again(ids).logits, getattr(model, "_orig_mod", model)(ids).logits)
+    assert (again(ids).logits - tiny_model()(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["roberta", "camembert", "data2vec-text"])
+def test_a_decoder_whose_positions_have_an_offset_counts_them_itself(name):
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, is_decoder=True, pad_token_id=1,
+        initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, (ids, mask) = AutoModelForCausalLM.from_config(config).eval(), prompts()
+    ids = ids.masked_fill(ids < 2, 5)
+    for engine in (grpo_lora, fast):
+        rollout = sample(model, ids, mask, engine=engine, eos_token_ids=[])
+        for i, logps in enumerate(rollout.logps):
+            prompt, completion = ids[i // 3][mask[i // 3]], rollout.completion_ids[i]
+            whole = torch.cat([prompt, completion]).unsqueeze(0)
+            log_probs = (model(whole, use_cache=False).logits[0] / 0.7).log_softmax(dim=-1)
+            own = log_probs[len(prompt) - 1 : -1].gather(1, completion.unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(logps, own, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_no_function_is_refused_before_anything_is_sampled():
+    class Callback(transformers.TrainerCallback):
+        pass
+
+    words = "rewards and callbacks must be plain functions here"
+    for wrong in (
+        {"callbacks": [Callback()]},
+        {"reward": tiny_model()},
+        {"reward": [digits, None]},
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer(**wrong)
+    for args in (None, types.SimpleNamespace(max_steps=1)):
+        with pytest.raises(ValueError, match=r"args: must be grpo_lora.GRPOConfig, not "):
+            GRPOTrainer(with_adapters(tiny_model()), digits, args, ROWS, None, TOKENIZER)
+
+
 @pytest.mark.parametrize("engine", [grpo_lora, fast])
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
 def test_sampling_without_a_temperature_is_refused(temperature, engine):
@@ -831,6 +949,16 @@ def test_a_record_is_of_one_run_and_one_share_of_groups_is_dead(tmp_path):
         ("1 200/300", "5/3", False), ("1\u20632", "12", False), ("2\u20623", "23", False),
         ("\u200b1\u200b2\ufeff", "12", True),
         (r"\displaystyle\frac12", "1/2", True), ("50 percent", "50%", True),
+        (r"50\text{ percent}", r"50\%", True),
+        # of \frac the numerator may have three digits
+        (r"3\frac{141}{1000}", "3.141", True), ("1 123/200", "323/200", False),
+        # e and i are constants, and choices elsewhere
+        ("e", "E", False), ("i", "I", False), ("d", "D", True),
+        # numbers of another base
+        ("(1e1)_{16}", "(10)_{16}", False), (r"\overline{1e1}", r"\overline{10}", False),
+        # numerals, and variables before a unit
+        ("5 mln rubles", "5", False), ("5 mio euros", "5", False), ("5 thou dollars", "5", False),
+        ("11 octal digits", "11", False), ("3 x cm", "3", False), ("12 h hours", "12", False),
     ],
 )  # fmt: skip
 def test_answers_that_look_alike(left, right, same):
@@ -1001,8 +1129,9 @@ def test_a_reward_that_fails_is_named(what, words):
         update(trainer(reward=broken(what)))
 
 
-def test_a_solution_serves_where_an_answer_is_missing_or_none():
-    row = {"prompt": "1", "answer": None, "solution": "5"}
+@pytest.mark.parametrize("missing", [None, "", " ", float("nan"), []])
+def test_a_solution_serves_where_an_answer_is_missing_or_none(missing):
+    row = {"prompt": "1", "answer": missing, "solution": "5"}
     scores, _ = rewards.call_rewards([rewards.accuracy_reward], [row], [r"\boxed{5}"], [[1]])
     assert scores == [[1.0]]
     with pytest.raises(ValueError, match="no completion can match"):

@@ -100,7 +100,7 @@ class Checkpoints(Record):
             if self.save_total_limit:
                 mine = [p for p in checkpoints(root) if number(p) <= trainer.step]
                 for old in mine[self.save_total_limit :]:  # later ones are damaged: left alone
-                    shutil.rmtree(old)
+                    old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def check_output_dir(output_dir: str | None, resume: bool) -> None:

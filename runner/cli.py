@@ -347,7 +347,9 @@ def write_settings(path: Path, *settings: Any, **changed: Any) -> Path:
     lines = []
     values = {f.name: getattr(s, f.name) for s in settings for f in dataclasses.fields(s)}
     for name, value in (values | changed).items():
-        if value is None or name in ("output_dir", "resume", "tune", "variant"):
+        if name in ("output_dir", "resume", "tune", "variant"):
+            continue
+        if value is None and name != "save_total_limit":  # where None is a choice: keep all
             continue
         if name == "target_modules" and not isinstance(value, str):
             value = ",".join(value)

@@ -164,13 +164,22 @@ def settings_of(folder: Path) -> GRPOConfig | None:
 # ----------------------------------------------------------------------------------------- the page
 
 
+def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most some 500 points: of each stretch the first, lowest, highest and last."""
+    size = -(-len(points) // 125)
+    stretches = (points[i : i + size] for i in range(0, len(points), size))
+    height = lambda point: point[1]
+    kept = ({s[0], min(s, key=height), max(s, key=height), s[-1]} for s in stretches)
+    return [point for some in kept for point in sorted(some)] if size > 4 else points
+
+
 def curve(rows: list[dict[str, Any]], names: list[str]) -> str:
     """Some metrics against updates, as SVG; '' if the run has none of them."""
     lines = {
         name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         for name in names
     }
-    lines = {name: points[:: len(points) // 500 + 1] for name, points in lines.items() if points}
+    lines = {name: thinned(points) for name, points in lines.items() if points}
     if not lines:
         return ""
     xs, ys = zip(*itertools.chain(*lines.values()), strict=True)
@@ -179,7 +188,7 @@ def curve(rows: list[dict[str, Any]], names: list[str]) -> str:
     y_of = lambda y: 140 - 100 * (y - low) / ((high - low) or 1)
     parts = ['<path d="M60 35V140H310" fill="none" stroke="#bbb"/>']
     for y in {low, high}:
-        label = f"{y:.0f}" if 100 <= abs(y) < 1e6 else f"{y:.2g}"
+        label = f"{y:.0f}" if 99.5 <= abs(y) < 1e6 else f"{y:.2g}"
         parts.append(f'<text x="55" y="{y_of(y) + 4:.0f}" text-anchor="end">{label}</text>')
     # the outermost labels grow inwards, so that long ones are not cut off
     for x, anchor in {left: "start", right: "end"}.items():

@@ -45,20 +45,23 @@ class History:
         return math.nan if value is None else value
 
     def mean(self, name: str, start: int = -5) -> float:
-        """Over five updates. NaN, which is neither above nor below anything, if they are not all
-        there or lack the metric."""
-        end = start + 5 or None
-        enough = len(self.rows) >= (-start if start < 0 else start + 5)
-        values = [row.get(name) for row in self.rows[start:end]] if enough else [None]
-        return math.nan if None in values else sum(values) / 5  # type: ignore[arg-type]
+        """Over five of the updates that have the metric. (One without a gradient has no entropy.)
+        NaN, which is neither above nor below anything, if there are too few."""
+        values = [row[name] for row in self.rows if row.get(name) is not None]
+        enough = len(values) >= (-start if start < 0 else start + 5)
+        return sum(values[start : start + 5 or None]) / 5 if enough else math.nan
 
     def learnt(self) -> bool:
-        """Whether the reward is above the first updates' by more than two standard errors."""
+        """Whether the reward is above that of the first updates, or of the first few, which may
+        have learnt all there is, by more than two standard errors."""
         rewards = torch.tensor([row["reward"] for row in self.rows if row["reward"] is not None])
         size = min(20, len(rewards) // 2)
-        first, last = rewards[:size], rewards[-size:]
-        error = ((first.var() + last.var()) / size).sqrt() if size > 1 else math.inf
-        return size > 1 and bool(last.mean() - first.mean() > 2 * error)
+        last = rewards[-size:]
+        for first in (rewards[:size], rewards[:3]) if size > 1 else ():
+            error = (first.var() / len(first) + last.var() / size).sqrt()
+            if last.mean() - first.mean() > 2 * error + 1e-6:  # and not by rounding
+                return True
+        return False
 
     def jump(self) -> float:
         """The gradient's norm now, over the median of the last ten."""
@@ -68,7 +71,8 @@ class History:
     def idle(self) -> list[str]:
         """Adapters that are still zero after three updates that had a gradient."""
         moved = sum(bool(row["grad_norm"]) for row in self.rows) >= 3
-        return self.rows[-1].get("idle", []) if moved else []
+        names = self.rows[-1].get("idle", [])  # of a resumed run: what a reward may have logged
+        return names if moved and isinstance(names, list) else []
 
 
 class Sign(NamedTuple):
@@ -130,7 +134,7 @@ SIGNS = [
     Sign(
         "grad_norm/usual",
         lambda run: run.jump(),
-        lambda value, run: len(run.rows) >= 10 and value > 30,
+        lambda value, run: len(run.rows) >= 10 and value > 30 and run.now("grad_norm") > 1,
         "the gradient has jumped; lower learning_rate",
     ),
     Sign(
