@@ -11,7 +11,7 @@ group_advantages, completion_mask, grpo_loss with its defaults (dapo: one ratio 
 the mean over tokens; beta 0: no KL), Rollout, MicroBatch, `update`, docstrings of what it calls.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
-a prompt are adjacent. b: rows of a micro-batch. (`rows` of the data are dicts, one a prompt.) L
+a prompt are adjacent. b: rows of a micro-batch. (But `rows`: of the data, dicts, one a prompt.) L
 prompt tokens, T completion tokens, V tokens in the vocabulary, H the model's width, K reward
 functions. Counts are of one process, unless a comment says otherwise. Left out: see README, Limits.
 """
@@ -57,7 +57,7 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
 
     rewards: (P, G), NaN where there is none. Returns (P, G). The denominator, by scale:
         group    std_g + eps (GRPO)        batch           std of all rewards + eps
-        none     1 (Dr. GRPO)              leave_one_out   (G-1)/G: R minus the mean of the others
+        none     1 (Dr. GRPO)              leave_one_out   (G-1)/G: A is R - mean of the others
         mean     mean_g (MaxRL, for rewards >= 0); where that is not above 0, A is 0
     Every std has ddof 1. A completion without a reward leaves the statistics and gets 0. A group of
     equal rewards, or with a single one, gets exactly 0. Raises ValueError for other shapes and
@@ -80,7 +80,7 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
     }[scale]  # fmt: skip
     low = rewards.masked_fill(~valid, math.inf).amin(dim=1, keepdim=True)
     high = rewards.masked_fill(~valid, -math.inf).amax(dim=1, keepdim=True)
-    # low < high, and not std > 0: by rounding, equal numbers may have a std above 0
+    # by value, and not by std > 0: rounding can give equal numbers a std above 0
     differ = valid & (low < high) & (divisor != 0)
     return torch.where(differ, (rewards - mean) / divisor, 0.0)
 
@@ -166,14 +166,14 @@ def grpo_loss(
     token_weights: Tensor | None = None, max_completion_length: int | None = None,
     normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """The GRPO family: one loss. Choices 1 to 3, below, are by default token, clip, token. (There
-    are two more: the scale of group_advantages, and token_weights.)
+    """The GRPO family: one loss. Choices 1 to 3, below, default to token (ratio), clip and token
+    (mean). There are two more: the scale of group_advantages, and token_weights.
 
     A: the row's advantage. ε is epsilon, ε₊ epsilon_high (None: ε), δ delta (None: no bound).
     sg(x): x without its gradient. σ: the sigmoid. N: the number of tokens in the mask.
 
     1. The ratio ρ compares the policy with what it was before the batch's first update.
-         token      ρ = exp(logp - old_logp). Where that is 1, dρ = d logp, and not 0
+         token      ρ = exp(logp - old_logp). At ρ = 1, dρ = d logp, and not 0
          sequence   ρ = exp(row mean of (logp - old_logp)), one a row; GSPO
     2. The surrogate is the loss l of one token. (vespo, gmpo, opmd: always of token ratios.)
          clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); dapo, grpo, ... (CLIPPED)
@@ -195,9 +195,9 @@ def grpo_loss(
 
     logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,). mask:
     (B, T) bool, see completion_mask; what lies outside has no influence, even NaN. token_weights:
-    (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: the divisor of 3.
-    for the whole optimiser batch (N, or its rows), so that the losses of micro-batches add up to
-    the batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over this
+    (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: what 3 divides by,
+    of the whole optimiser batch (N, or its rows), so that the losses of micro-batches add up to the
+    batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over this
     call's tokens. Raises ValueError for shapes that do not fit and for a missing argument.
     """
     B, T = logps.shape
@@ -222,7 +222,7 @@ def grpo_loss(
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
-    # 1. the ratio. Its log is bounded: exp = inf would give clipped tokens a gradient 0 · inf, NaN
+    # 1. the ratio. log_ratio is bounded: were exp inf, a clipped token's 0 · inf would be NaN
     log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))
     row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
     by_row = importance_sampling_level == "sequence"
@@ -233,7 +233,7 @@ def grpo_loss(
     if loss_type in CLIPPED:  # the default
         bounded = ratio if delta is None else ratio.clamp(max=delta)
         clipped = ratio.clamp(1 - epsilon, 1 + high)
-        loss = -torch.min(bounded * A, clipped * A)  # the worse of the two, whatever A's sign
+        loss = -torch.min(bounded * A, clipped * A)  # the lower objective, whatever A's sign
         low_clip, high_clip = (ratio < 1 - epsilon) & (A < 0), (ratio > 1 + high) & (A > 0)
         stats |= {"clip_ratio/low_mean": low_clip, "clip_ratio/high_mean": high_clip}
         stats["clip_ratio/region_mean"] = low_clip | high_clip
@@ -405,7 +405,7 @@ class Rollout:
     completion_mask: Tensor  # (B, T) bool: see completion_mask
     logps: Tensor  # (B, T), the sampler's own, at its temperature; 0 where masked
 
-    def __post_init__(self) -> None:  # bool: x[an int mask] would index rows
+    def __post_init__(self) -> None:  # an int mask would index, not select
         self.prompt_mask = self.prompt_mask.bool()
         self.completion_mask = self.completion_mask.bool()
 
@@ -419,8 +419,8 @@ class Rollout:
 
     def select(self, prompts: list[int]) -> "Rollout":
         """The groups of these prompts (indices), padded to their own longest."""
-        of = lambda x: x.unflatten(0, (-1, self.num_generations))[prompts].flatten(0, 1)  # (b, T)
-        ids, mask, logps = of(self.completion_ids), of(self.completion_mask), of(self.logps)
+        take = lambda x: x.unflatten(0, (-1, self.num_generations))[prompts].flatten(0, 1)  # (b, T)
+        ids, mask, logps = map(take, (self.completion_ids, self.completion_mask, self.logps))
         L = int(self.prompt_mask[prompts].sum(dim=1).max())
         T = max(1, int(mask.sum(dim=1).max()))
         prompt = self.prompt_ids[prompts, -L:], self.prompt_mask[prompts, -L:]
@@ -464,7 +464,7 @@ class GRPOTrainer:
     # ---- the algorithm
 
     def update(self, rows: Rows) -> dict[str, Any]:
-        """GRPO: a batch of problems, rows of the data, and its updates. Returns the metrics."""
+        """GRPO: a batch of prompts, rows of the data, and its updates. Returns the metrics."""
         args, logged = self.args, []  # logged: (weight, {name: value}), to be averaged
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
         rewards, samples = self.score(rows, rollout)  # (P·processes, G, K)
@@ -474,27 +474,27 @@ class GRPOTrainer:
         )  # fmt: skip
         if args.mask_truncated_completions:
             rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)  # by row
-        normalizer, loss_scale = self.normalizers(rollout.completion_mask)  # N; float16's
+        normalizer, loss_scale = self.normalizers(rollout.completion_mask)  # N; for float16
         micro_batches = self.micro_batches(rollout, advantages)  # of groups that have a gradient
 
         for _ in range(args.num_iterations):  # if 1, ρ is 1 throughout, and nothing is clipped
             for parameter in self.params.values():  # those that require gradients
-                parameter.grad = torch.zeros_like(parameter)  # zeros: micro_batches may be []
+                parameter.grad = torch.zeros_like(parameter)  # not None if micro_batches is []
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
-            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # NaN: no step
-            with evaluating(self.model, adapter_dropout=True):  # other dropout: off
+            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # bad samples: no step
+            with evaluating(self.model, adapter_dropout=True):  # no dropout but this
                 for micro in micro_batches:
                     piece, mask = micro.rollout, micro.rollout.completion_mask
                     logps, entropies = self.logps(piece)  # (b, T) each; piece.logps: the sampler's
                     if micro.old_logps is None:  # the batch's first update
-                        micro.old_logps = logps.detach()  # not piece.logps: rounding would move ρ
+                        micro.old_logps = logps.detach()  # piece.logps round otherwise: ρ ≠ 1
                     loss, stats = grpo_loss(
                         logps, micro.old_logps, micro.advantages, mask, ref_logps=micro.ref_logps,
                         token_weights=self.token_weights(micro, logps.detach(), micro.old_logps),
                         normalizer=normalizer, **self.objective(),  # beta, epsilon, ...: from args
                     )  # fmt: skip
-                    (loss * loss_scale).backward()  # within `with`: layers may run again
+                    (loss * loss_scale).backward()  # in `with`: checkpoints rerun layers
                     total += loss.item()
                     stats["entropy"] = entropies[mask].mean().item()
                     stats[GAP] = (micro.old_logps - piece.logps)[mask].abs().mean().item()
@@ -565,8 +565,8 @@ class GRPOTrainer:
         return {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
 
     def normalizers(self, mask: Tensor) -> tuple[int, float]:
-        """grpo_loss's normalizer, over all processes, for mask (B, T). And a power of two to scale
-        the loss by: in float16 d loss / d logp, about 1/tokens (luspo: 1/rows), would vanish."""
+        """grpo_loss's normalizer for mask (B, T), over all processes. And a scale of the loss, a
+        power of two: float16 would lose gradients as small as 1/tokens (luspo: 1/rows)."""
         tokens, rows = sum(gather(int(mask.sum()))), sum(gather(len(mask)))
         aggregation = AGGREGATION[self.args.loss_type]
         scale = 2.0 ** int(math.log2(max(1, rows if aggregation == "row_sum" else tokens)))
@@ -576,8 +576,8 @@ class GRPOTrainer:
     def micro_batches(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
         """This process's groups, by length to save padding; with reference log-probs if beta > 0.
 
-        A group whose advantages are all 0 is skipped (N still counts it), unless its forward is
-        needed: for the KL, opmd's square, a quantile of entropies, or sharded processes."""
+        A group whose advantages are all 0 is skipped (N still counts it), unless a KL, opmd's
+        square, a quantile of entropies, or sharded processes need its forward."""
         args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
         advantages = advantages.to(rollout.logps)[self.rank * P :][:P]  # this process's groups
         every = args.beta or args.loss_type == "opmd" or args.top_entropy_quantile < 1
@@ -617,8 +617,8 @@ class GRPOTrainer:
         return weights
 
     def optimizer_step(self, loss: float, scale: float) -> dict[str, float]:
-        """Divide gradients by scale, sum them and the loss over the processes, clip, and step. What
-        is not finite is skipped. Returns the metrics; grad_norm is the norm before clipping."""
+        """Divide gradients by scale, sum them and the loss over the processes, clip, and step. A
+        step that is not finite is skipped. Returns the metrics; grad_norm is that before clipping."""
         for parameter in self.params.values():
             parameter.grad /= scale  # type: ignore[operator, assignment]
             if self.world > 1:
@@ -859,8 +859,8 @@ def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float
 
 @contextmanager
 def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None]:
-    """Eval mode within, each module's own mode after. adapter_dropout: but for the adapter's
-    dropout and activation checkpointing, which are on for the loss."""
+    """Eval mode within, each module's own mode after. adapter_dropout: with the adapter's
+    dropout and activation checkpointing on, for the loss."""
     with ExitStack() as after:
         for name, module in model.named_modules():
             held = vars(module)  # a checkpointed layer may hold its dropout rate as a number
