@@ -11,7 +11,7 @@ group_advantages, completion_mask, grpo_loss with its defaults (dapo: one ratio 
 the mean over tokens; beta 0: no KL), Rollout, MicroBatch, `update`, docstrings of what it calls.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
-a prompt are adjacent. b: rows of a micro-batch. (But `rows`: of the data, dicts, one a prompt.) L
+a prompt are adjacent. b: rows of a micro-batch. (The data's `rows` are dicts, one a prompt.) L
 prompt tokens, T completion tokens, V tokens in the vocabulary, H the model's width, K reward
 functions. Counts are of one process, unless a comment says otherwise. Left out: see README, Limits.
 """
@@ -483,7 +483,7 @@ class GRPOTrainer:
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
             total = 0.0 if rollout.logps.isfinite().all() else math.nan  # bad samples: no step
-            with evaluating(self.model, adapter_dropout=True):  # no dropout but this
+            with evaluating(self.model, adapter_dropout=True):  # no dropout but the adapter's
                 for micro in micro_batches:
                     piece, mask = micro.rollout, micro.rollout.completion_mask
                     logps, entropies = self.logps(piece)  # (b, T) each; piece.logps: the sampler's
@@ -506,8 +506,8 @@ class GRPOTrainer:
         return metrics | weighted_means(logged) | {"num_tokens": self.tokens}
 
     def sample(self, rows: Rows, num_generations: int) -> Rollout:
-        """Completions from the policy as it is now, on merged weights if self.merges. What
-        is sampled does not depend on the number of processes, which share one stream of draws."""
+        """Completions from the policy as it is now, on merged weights if self.merges. What is
+        sampled does not depend on the number of processes, which share one stream of draws."""
         args = self.args
         prompts = [torch.tensor(self.encode(row), device=self.device) for row in rows]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
@@ -618,7 +618,7 @@ class GRPOTrainer:
 
     def optimizer_step(self, loss: float, scale: float) -> dict[str, float]:
         """Divide gradients by scale, sum them and the loss over the processes, clip, and step. A
-        step that is not finite is skipped. Returns the metrics; grad_norm is that before clipping."""
+        step that is not finite is skipped. Returns metrics; grad_norm is that before clipping."""
         for parameter in self.params.values():
             parameter.grad /= scale  # type: ignore[operator, assignment]
             if self.world > 1:
