@@ -197,8 +197,8 @@ def grpo_loss(
     (B, T) bool, see completion_mask; what lies outside has no influence, even NaN. token_weights:
     (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: what 3 divides by,
     of the whole optimiser batch (N, or its rows), so that the losses of micro-batches add up to the
-    batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over this
-    call's tokens. Raises ValueError for shapes that do not fit and for a missing argument.
+    batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over this call's
+    tokens, or rows. Raises ValueError for shapes that do not fit and for a missing argument.
     """
     B, T = logps.shape
     shapes: dict[str, Any] = {"old_logps": (old_logps, (B, T)), "advantages": (advantages, (B,))}
@@ -225,8 +225,8 @@ def grpo_loss(
     # 1. the ratio. log_ratio is bounded: were exp inf, a clipped token's 0 · inf would be NaN
     log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))
     row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
-    by_row = importance_sampling_level == "sequence"
-    ratio = row_mean(log_ratio).exp().expand(B, T) if by_row else log_ratio.exp()  # (B, T)
+    # (B, T), or (B, 1) at the level of sequences
+    ratio = (row_mean(log_ratio) if importance_sampling_level == "sequence" else log_ratio).exp()
 
     # 2. the surrogate, and its diagnostics
     stats: dict[str, Tensor] = {}
@@ -248,7 +248,7 @@ def grpo_loss(
         k, lam = torch.where(A >= 0, 2.0, 3.0), torch.where(A >= 0, 3.0, 2.0)
         phi = (k * log_w + lam * (1 - log_w.exp())).exp().detach()  # (B, 1)
         loss = -phi * A * logps
-        stats["vespo/phi_seq_mean"] = phi.expand(B, T)
+        stats["vespo/phi_seq_mean"] = phi
     elif loss_type == "dppo":
         moved = logps.exp() - old_logps.exp()
         near = torch.where(A > 0, moved <= high, moved >= -epsilon)
@@ -256,7 +256,7 @@ def grpo_loss(
         stats["clip_ratio/region_mean"] = ~near
     elif loss_type == "gmpo":
         c = torch.where(A > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-epsilon))
-        loss = (-A * row_mean(c).exp()).expand(B, T)
+        loss = -A * row_mean(c).exp()  # (B, 1)
         stats["clip_ratio/region_mean"] = c != log_ratio
     elif loss_type == "opmd":
         loss = -A * logps + opmd_tau / 2 * log_ratio.square()
@@ -277,8 +277,8 @@ def grpo_loss(
         loss = loss / max_completion_length  # type: ignore[operator]
     if normalizer is None:
         normalizer = tokens if aggregation == "token" else B
-    means = {k: ((x.detach() * m).sum() / max(tokens, 1)).item() for k, x in stats.items()}
-    return loss.sum() / max(normalizer, 1), means
+    mean = lambda x: (x * m).sum() / max(tokens, 1) if x.shape == m.shape else x.to(m).mean()
+    return loss.sum() / max(normalizer, 1), {k: mean(x.detach()).item() for k, x in stats.items()}
 
 
 # --------------------------------------------------------------------------------------- settings

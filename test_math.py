@@ -509,7 +509,7 @@ def test_vespo_weight_is_that_of_the_row_and_bounded():
     # the second row went far off: no weight, no NaN
     want = torch.tensor([[phi, phi, 0], [0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(gradient(loss, logps), -want / 5)
-    assert stats["vespo/phi_seq_mean"] == pytest.approx(2 * phi / 5)
+    assert stats["vespo/phi_seq_mean"] == pytest.approx(phi / 2)  # one value a row, as in TRL
 
 
 def test_vespo_bounds_each_log_ratio_at_20_and_their_sum_between_log_1e_8_and_20():
@@ -521,6 +521,13 @@ def test_vespo_bounds_each_log_ratio_at_20_and_their_sum_between_log_1e_8_and_20
     phi = lambda log_w, k, lam: math.exp(lam + k * log_w - lam * math.exp(log_w))
     want = [phi(math.log(1e-8), 2, 3), phi(-0.5, 2, 3), phi(1.0, 3, 2)]
     assert stats["vespo/phi_seq_mean"] == pytest.approx(sum(want) / 3, rel=1e-9)
+
+
+def test_clip_diagnostics_of_a_ratio_a_row_count_rows():
+    old, mask = torch.zeros(2, 10), torch.arange(10) < torch.tensor([[10], [1]])
+    logps, A = old + torch.tensor([[0.5], [0.0]]), torch.tensor([1.0, -1.0])
+    level = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+    assert grpo_loss(logps, old, A, mask, **level)[1]["clip_ratio/region_mean"] == 1 / 2
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
