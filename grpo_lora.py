@@ -222,7 +222,7 @@ def grpo_loss(
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
-    # 1. the ratio. log_ratio is bounded: were exp inf, a clipped token's 0 · inf would be NaN
+    # 1. the ratio. log_ratio is bounded, as exp = inf would make a clipped token's gradient NaN
     log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))
     row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
     # (B, T), or (B, 1) at the level of sequences
@@ -467,34 +467,34 @@ class GRPOTrainer:
         """GRPO: a batch of prompts, rows of the data, and its updates. Returns the metrics."""
         args, logged = self.args, []  # logged: (weight, {name: value}), to be averaged
         rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
-        rewards, samples = self.score(rows, rollout)  # (P·processes, G, K)
+        rewards, samples = self.score(rows, rollout)  # (P·processes, G, K): of all processes
         advantages = multi_objective_advantages(  # by default group_advantages(Σ w_k r_k)
             rewards, self.reward_weights, scale=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )  # fmt: skip
         if args.mask_truncated_completions:
-            rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)  # by row
-        normalizer, loss_scale = self.normalizers(rollout.completion_mask)  # N; for float16
+            rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)  # whole rows
+        normalizer, loss_scale = self.normalizers(rollout.completion_mask)  # N; float16's scale
         micro_batches = self.micro_batches(rollout, advantages)  # of groups that have a gradient
 
         for _ in range(args.num_iterations):  # if 1, ρ is 1 throughout, and nothing is clipped
             for parameter in self.params.values():  # those that require gradients
-                parameter.grad = torch.zeros_like(parameter)  # not None if micro_batches is []
+                parameter.grad = torch.zeros_like(parameter)  # also if micro_batches is []
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
-            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # bad samples: no step
+            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # NaN: no optimizer step
             with evaluating(self.model, adapter_dropout=True):  # no dropout but the adapter's
                 for micro in micro_batches:
                     piece, mask = micro.rollout, micro.rollout.completion_mask
                     logps, entropies = self.logps(piece)  # (b, T) each; piece.logps: the sampler's
                     if micro.old_logps is None:  # the batch's first update
-                        micro.old_logps = logps.detach()  # piece.logps round otherwise: ρ ≠ 1
+                        micro.old_logps = logps.detach()  # not piece.logps: they round differently
                     loss, stats = grpo_loss(
                         logps, micro.old_logps, micro.advantages, mask, ref_logps=micro.ref_logps,
                         token_weights=self.token_weights(micro, logps.detach(), micro.old_logps),
                         normalizer=normalizer, **self.objective(),  # beta, epsilon, ...: from args
                     )  # fmt: skip
-                    (loss * loss_scale).backward()  # in `with`: checkpoints rerun layers
+                    (loss * loss_scale).backward()  # inside: checkpointing reruns the forward
                     total += loss.item()
                     stats["entropy"] = entropies[mask].mean().item()
                     stats[GAP] = (micro.old_logps - piece.logps)[mask].abs().mean().item()
@@ -565,8 +565,8 @@ class GRPOTrainer:
         return {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
 
     def normalizers(self, mask: Tensor) -> tuple[int, float]:
-        """grpo_loss's normalizer for mask (B, T), over all processes. And a scale of the loss, a
-        power of two: float16 would lose gradients as small as 1/tokens (luspo: 1/rows)."""
+        """grpo_loss's normalizer for mask (B, T), over all processes. And a power of two
+        to multiply the loss by: 1/tokens (luspo: 1/rows) is too small for a gradient in float16."""
         tokens, rows = sum(gather(int(mask.sum()))), sum(gather(len(mask)))
         aggregation = AGGREGATION[self.args.loss_type]
         scale = 2.0 ** int(math.log2(max(1, rows if aggregation == "row_sum" else tokens)))
@@ -577,7 +577,7 @@ class GRPOTrainer:
         """This process's groups, by length to save padding; with reference log-probs if beta > 0.
 
         A group whose advantages are all 0 is skipped (N still counts it), unless a KL, opmd's
-        square, a quantile of entropies, or sharded processes need its forward."""
+        square, a quantile of entropies or sharding needs its forward."""
         args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
         advantages = advantages.to(rollout.logps)[self.rank * P :][:P]  # this process's groups
         every = args.beta or args.loss_type == "opmd" or args.top_entropy_quantile < 1
@@ -859,8 +859,8 @@ def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float
 
 @contextmanager
 def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None]:
-    """Eval mode within, each module's own mode after. adapter_dropout: with the adapter's
-    dropout and activation checkpointing on, for the loss."""
+    """Eval mode within, each module's own mode after. adapter_dropout: but with the
+    adapter's dropout on, and activation checkpointing, for the loss."""
     with ExitStack() as after:
         for name, module in model.named_modules():
             held = vars(module)  # a checkpointed layer may hold its dropout rate as a number

@@ -377,7 +377,7 @@ class lora_snapshot:
 
 
 def default_reference(model: nn.Module) -> Callable[[], Any]:
-    """The policy as it is now: lora_disabled while nothing is trained, else a snapshot."""
+    """The policy as it is now: if nothing is trained yet lora_disabled, else a snapshot."""
     adapters: Any = {n: m for n, m in model.named_modules() if isinstance(m, _Switchable)}
     own = {id(p) for p in _file_tensors(adapters).values()}  # what lora_disabled switches off
     same = lambda m: all(map(torch.equal, m.trained.parameters(), m.original.parameters()))
