@@ -1059,15 +1059,15 @@ def test_rewards_take_time_linear_in_the_text(piece):
 
 
 def test_the_layout_of_many_repeated_tags_is_refused_at_once():
-    text, start = "<think>" + "</think><answer></answer>" * 12_000 + "x", time.process_time()
+    text, start = "<think>" + "</think><answer></answer>" * 8_000 + "x", time.process_time()
     assert REWARDS["format"](prompts=["p"], completions=[text]) == [0.0]
-    assert time.process_time() - start < 1.0  # a regular expression alone backtracks for 8 s
+    assert time.process_time() - start < 1.0  # a regular expression alone backtracks for 4 s
 
 
 def test_a_long_fraction_that_is_none_is_refused_at_once():
     start = time.process_time()
-    assert not answers_match("1" * 300 + "/" + "1" * 300 + "!", "5")
-    assert time.process_time() - start < 1.0  # a pattern that gives digits back takes 4 s
+    assert not answers_match("1" * 240 + "/" + "1" * 240 + "!", "5")
+    assert time.process_time() - start < 1.0  # a pattern that gives digits back takes 2 s
 
 
 async def slow_reward(completions, **columns):
