@@ -7,6 +7,7 @@ when it warns.
 
 import argparse
 import json
+import os
 import platform
 import random
 import subprocess
@@ -20,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 
-from checks.helpers import CLI_RUN, KILLING, lines, run, same_files  # noqa: E402
+from checks.helpers import CLI_RUN, INTERRUPTING, PLAIN, lines, run, same_files  # noqa: E402
 from checks.test_processes import on_ranks, parallel_sharded, parallel_updates  # noqa: E402
 from rewards import REWARDS, answers_match, extract_answer  # noqa: E402
 from runner.checkpoints import read_state  # noqa: E402
@@ -42,11 +43,15 @@ def killed(folder: Path, count: int = 100) -> dict:
     TOKENIZER.save_pretrained(folder / "model")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     command = ["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), *CLI_RUN]
-    kill = [sys.executable, "-c", KILLING, str(count), str(folder), *command, "--max_steps", "30"]
-    done = subprocess.run(kill, cwd=HERE.parent, check=True, stdout=subprocess.PIPE, text=True)
-    runs = int(done.stdout)
-    for i in range(runs):
-        same_files(folder / "straight", folder / f"killed-{i}")
+    script = [sys.executable, "-c", INTERRUPTING, str(count), str(folder)]
+    environment = os.environ | PLAIN
+    subprocess.run(
+        [*script, *command, "--max_steps", "30"], cwd=HERE.parent, env=environment, check=True
+    )
+    finished = [path for path in folder.glob("killed-*") if path.is_dir()]
+    for one in finished:
+        same_files(folder / "straight", one)
+    runs = len(finished)
     return {"kills": count, "runs_finished": runs, "adapters_and_metrics_equal": runs}
 
 

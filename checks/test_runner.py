@@ -10,6 +10,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import statistics
@@ -1219,6 +1220,12 @@ def test_a_run_that_is_killed_resumes_and_one_that_gets_a_signal_ends_well(
         last = lines(folder / "metrics.jsonl")[-1]["step"]
         assert (folder / f"checkpoint-{last}/state.json").exists() and last < 4000
         assert "--resume" in Path(f"{folder}.out").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_a_benchmark_finds_what_it_imports(path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(HERE / "benchmarks"), str(HERE), *sys.path])
+    assert runpy.run_path(str(path), run_name="imported")["__doc__"]
 
 
 def test_the_report_marks_tokens_at_a_bound_where_the_loss_bounds_the_ratio():
