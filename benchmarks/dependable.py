@@ -1,7 +1,7 @@
 """What a run survives: kills, flipped bits, hostile text and files, other numbers of processes; and
 when it warns.
 
-    python benchmarks/dependable.py        # some 6 minutes on two cores; writes dependable.json
+    python benchmarks/dependable.py        # some 10 minutes on two cores; writes dependable.json
     python benchmarks/dependable.py flipped_bits hostile_text        # only these
 """
 
