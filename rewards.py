@@ -109,8 +109,8 @@ _UNIT = re.compile(  # up to three words at the end, one of them a plural or kno
     r"(?![a-z/\s]{0,40}\b(?:(?:in|sec|mm|[a-z])\s+[a-z]|(?-i:MM)|(?:one|two|three|four|five|six|"
     r"ten|seven|eight|nine|eleven|twelve|zero|third|(?!month)[a-z]*th|hal(?:f|ve)|quarter|mil(?!e)|"
     r"pi|[a-z]+(?:teen|tie|ty|illi?one?|illiard)|hundred|thousand|lakh|crore|dozen|score|gross|"
-    r"grand|(?:per)?cent(?:age)?|and|or|to|of|out|plus|minus|by|times|over|below|factorial|negative|"
-    r"basis|k|root|repeat(?:ing)?|recurring|binary|octal|hex|[bmt]l?n|mio|thou)(?:e?s)?\b))"
+    r"grand|(?:per)?cent(?:age)?|and|or|to|of|out|plus|minus|by|times|over|below|factorial|basis|"
+    r"negative|k|root|repeat(?:ing)?|recurring|binary|octal|hex|[bmt]l?n|mio|thou)(?:e?s)?\b))"
     r"\s*[a-z/]+(?:\s+[a-z]{2,}){0,2}\s*\.?\}?(?:\s*\^\s*\{?[23]\}?)?\.?$"
     r"|(?<![^\s+-])(?:\\\$|[€£])|(?:[€£°]|\\\$|\^\s*\{?\s*\\circ\s*\}?)$"
 )
