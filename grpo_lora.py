@@ -305,7 +305,7 @@ class GRPOConfig:
     temperature: float = setting(1.0, "The policy is softmax(logits / temperature).", above=0,
                                  why=" (greedy sampling gives a group of equal completions)")
     system_prompt: str | None = setting(None, "Put before every prompt; makes text prompts chats.")
-    chat_template_kwargs: dict[str, Any] | None = setting(None, "For the template; a row's win.")
+    chat_template_kwargs: dict[str, Any] | None = setting(None, "Template arguments, or a column.")
     mask_truncated_completions: bool = setting(False, "Leave rows without an EOS out of the loss.")
     # the objective: see grpo_loss, group_advantages, kl_penalty
     loss_type: str = setting("dapo", "Surrogate and aggregation.", choices=tuple(AGGREGATION))
