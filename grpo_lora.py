@@ -7,8 +7,8 @@ its reward compares with its group's. There is no value network, and with LoRA n
 
 In order: the objective, settings, the trainer (`update` is the algorithm), rollout and
 log-probabilities: that is GRPO. Then: the model as two parts, data, processes. Read at first:
-group_advantages, completion_mask, grpo_loss with its defaults (dapo: one ratio a token, clipped,
-the mean over tokens; beta 0: no KL), Rollout, MicroBatch, `update`, docstrings of what it calls.
+group_advantages, completion_mask, grpo_loss as it is by default (beta is 0 then: no KL), Rollout,
+MicroBatch, `update`, and the docstrings of what that calls.
 
 P prompts, a group of G completions of each, B = P·G rows: a row is one completion, and the rows of
 a prompt are adjacent. b: rows of a micro-batch. (The data's `rows` are dicts, one a prompt.) L
@@ -57,11 +57,11 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
 
     rewards: (P, G), NaN where there is none. Returns (P, G). The denominator, by scale:
         group    std_g + eps (GRPO)        batch           std of all rewards + eps
-        none     1 (Dr. GRPO)              leave_one_out   (G-1)/G: A is R - mean of the others
+        none     1 (Dr. GRPO)              leave_one_out   (G-1)/G, so A = R - mean of the others
         mean     mean_g (MaxRL, for rewards >= 0); where that is not above 0, A is 0
-    Every std has ddof 1. A completion without a reward leaves the statistics and gets 0. A group of
-    equal rewards, or with a single one, gets exactly 0. Raises ValueError for other shapes and
-    scales. (Shao et al. 2024, 4.1.2)
+    Every std has ddof 1. A completion without a reward counts in no mean or std, and gets 0. A
+    group of equal rewards, or with a single one, gets exactly 0. Raises ValueError for other shapes
+    and scales. (Shao et al. 2024, 4.1.2)
 
     >>> rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
     >>> group_advantages(rewards, scale="none")
@@ -106,7 +106,7 @@ def multi_objective_advantages(
 
     sum_then_normalize: group_advantages of Σ_k w_k r_k, with `scale`. normalize_then_sum (GDPO,
     arXiv 2601.05242), which has no `scale`: each function's rewards are normalised in their group,
-    then summed by weight. The sums are centred and divided by their std over the batch.
+    and summed by weight; these sums are centred, and divided by their std, over the batch.
     """
     if aggregation == "sum_then_normalize":
         return group_advantages(combine_rewards(rewards, weights), scale=scale, eps=eps)
@@ -166,39 +166,41 @@ def grpo_loss(
     token_weights: Tensor | None = None, max_completion_length: int | None = None,
     normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """The GRPO family: one loss. Choices 1 to 3, below, default to token (ratio), clip and token
-    (mean). There are two more: the scale of group_advantages, and token_weights.
+    """The GRPO family is one loss. By default (dapo), with A the row's advantage:
 
-    A: the row's advantage. ε is epsilon, ε₊ epsilon_high (None: ε), δ delta (None: no bound).
-    sg(x): x without its gradient. σ: the sigmoid. N: the number of tokens in the mask.
+        ρ = exp(logp - old_logp)                      the ratio, of each token in the mask
+        l = -min(ρ A, clip(ρ, 1-ε, 1+ε₊) A) + β KL    the surrogate, and the KL's part
+        L = the sum of l / N                          N: how many tokens are in the mask
 
-    1. The ratio ρ compares the policy with what it was before the batch's first update.
-         token      ρ = exp(logp - old_logp). At ρ = 1, dρ = d logp, and not 0
-         sequence   ρ = exp(row mean of (logp - old_logp)), one a row; GSPO
-    2. The surrogate is the loss l of one token. (vespo, gmpo, opmd: always of token ratios.)
-         clip       l = -min(min(ρ, δ) A, clip(ρ, 1-ε, 1+ε₊) A); dapo, grpo, ... (CLIPPED)
-         cispo      l = -sg(min(ρ, ε₊)) A logp
-         sapo       l = -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
-         vespo      l = -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's ρ,
-                    each in e^±20, w in 1e-8 to e^20. (k, λ) = (2, 3) if A >= 0, else (3, 2)
-         dppo       l = -sg(min(ρ, 20) v) A logp. v is 0 where the probability p = exp(logp) has
-                    moved too far the way A pushes: p - old_p > ε₊ if A > 0, < -ε if not; else 1
-         gmpo       l = -A exp(the row's mean of c). c = logp - old_logp, clipped to at most ε₊
-                    if A > 0, to at least -ε if not
-         opmd       l = -A logp + (opmd_tau / 2) (logp - old_logp)²
-       Then l += β KL, or β ρ KL if use_bias_correction_kl; KL is kl_penalty.
-    3. The aggregation makes one number of all l.
-         sequence   the mean over rows of the mean over tokens; grpo, sapo, gmpo
-         token      the sum / N; dapo, bnpo, cispo, vespo, dppo, opmd
-         constant   the sum / (rows · max_completion_length); dr_grpo
-         row_sum    the sum / rows; luspo
+    old_logp is a constant, logp before the batch's first update. So at first ρ = 1, and
+    ∇ρ = ρ ∇logp = ∇logp: the surrogate has the gradient -A ∇logp. Later it has none where ρ > 1+ε₊
+    and A > 0, or ρ < 1-ε and A < 0. ε is epsilon, ε₊ epsilon_high (None: ε), β beta. KL is
+    kl_penalty, times ρ if use_bias_correction_kl.
 
     logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,). mask:
     (B, T) bool, see completion_mask; what lies outside has no influence, even NaN. token_weights:
-    (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: what 3 divides by,
-    of the whole optimiser batch (N, or its rows), so that the losses of micro-batches add up to the
-    batch's; None: this call's. Returns the loss, a scalar, and diagnostics, means over this call's
-    tokens, or rows. Raises ValueError for shapes that do not fit and for a missing argument.
+    (B, T), factors of each token's surrogate (KL and N ignore them). normalizer: what l's sum is
+    divided by (N, or rows), of the whole optimiser batch, so that micro-batches add up; None: this
+    call's. Returns L and diagnostics, means over this call's tokens, or rows. Raises ValueError
+    where shapes do not fit and for a missing argument.
+
+    The other choices (sg(x): x without its gradient; σ: the sigmoid). A first reading skips them.
+    1. The ratio: importance_sampling_level "sequence" (GSPO) takes one a row, the exp of the row's
+       mean of logp - old_logp. (vespo, gmpo, opmd: always of token ratios.)
+    2. The surrogate (l without KL), by loss_type. CLIPPED: as above; delta bounds the first ρ.
+         cispo      -sg(min(ρ, ε₊)) A logp
+         sapo       -(4/τ) σ(τ(ρ - 1)) A, τ = sapo_temperature_pos if A > 0, else _neg
+         vespo      -sg(φ) A logp, φ = w^k exp(λ(1 - w)). w: the product of the row's ρ,
+                    each in e^±20, w in 1e-8 to e^20. (k, λ) = (2, 3) if A >= 0, else (3, 2)
+         dppo       -sg(min(ρ, 20) v) A logp. v is 0 where the probability p = exp(logp) has
+                    moved too far the way A pushes: p - old_p > ε₊ if A > 0, < -ε if not; else 1
+         gmpo       -A exp(the row's mean of c). c = logp - old_logp, clipped to at most ε₊
+                    if A > 0, to at least -ε if not
+         opmd       -A logp + (opmd_tau / 2) (logp - old_logp)²
+    3. The aggregation (which is L), by loss_type.
+         token      the sum / N; dapo, bnpo, cispo, vespo, dppo, opmd
+         sequence   the mean over rows of the mean over tokens; grpo, sapo, gmpo
+         row_sum    the sum / rows; luspo. And constant: that / max_completion_length; dr_grpo
     """
     B, T = logps.shape
     shapes: dict[str, Any] = {"old_logps": (old_logps, (B, T)), "advantages": (advantages, (B,))}
@@ -222,7 +224,7 @@ def grpo_loss(
     lengths = m.sum(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
     high = epsilon if epsilon_high is None else epsilon_high
 
-    # 1. the ratio. log_ratio is bounded, as exp = inf would make a clipped token's gradient NaN
+    # 1. the ratio, bounded: were exp inf, a clipped token's gradient would be 0 · inf = NaN
     log_ratio = (logps - old_logps).clamp(max=min(80, math.log(torch.finfo(logps.dtype).max) - 1))
     row_mean = lambda x: x.sum(dim=1, keepdim=True) / lengths  # of (B, T), 0 outside the mask
     # (B, T), or (B, 1) at the level of sequences
@@ -264,8 +266,7 @@ def grpo_loss(
         loss = loss * torch.where(mask, token_weights.detach(), 0.0)
     if beta and ref_logps is not None:
         kl = kl_penalty(logps, torch.where(mask, ref_logps.detach(), 0.0), estimator=kl_estimator)
-        if use_bias_correction_kl:
-            kl = kl * ratio
+        kl = kl * (ratio if use_bias_correction_kl else 1)
         loss = loss + beta * kl
         stats["kl"] = kl
 
@@ -391,7 +392,7 @@ VARIANTS: dict[str, Variant] = {
 
 # ---------------------------------------------------------------------------------------- trainer
 
-GAP = "sampling/sampling_logp_difference/mean"  # TRL's name: |log-prob sampled - log-prob scored|
+SAMPLER_GAP = "sampling/sampling_logp_difference/mean"  # TRL's: |log-prob sampled - scored|
 Rows = Any  # a sequence of dicts: rows of a data set, or samples
 
 
@@ -459,55 +460,56 @@ class GRPOTrainer:
     stop = False  # set it, and train ends after this batch; a callback's ends it after the next
     samples: Rows = ()  # of the last batch
     eval_samples: Rows = ()  # of an evaluation after it
-    last_batch: tuple[Rollout, list[MicroBatch]]
 
     # ---- the algorithm
 
     def update(self, rows: Rows) -> dict[str, Any]:
         """GRPO: a batch of prompts, rows of the data, and its updates. Returns the metrics."""
         args, logged = self.args, []  # logged: (weight, {name: value}), to be averaged
-        rollout = self.sample(rows, args.num_generations)  # P prompts, B = P·G completions
+        # 1. Sample G completions of each of P prompts, and score them
+        rollout = self.sample(rows, args.num_generations)  # B = P·G completions
         rewards, samples = self.score(rows, rollout)  # (P·processes, G, K): of all processes
+        # 2. Compare each with its group
         advantages = multi_objective_advantages(  # by default group_advantages(Σ w_k r_k)
             rewards, self.reward_weights, scale=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )  # fmt: skip
         if args.mask_truncated_completions:
-            rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)  # whole rows
-        normalizer, loss_scale = self.normalizers(rollout.completion_mask)  # N; float16's scale
-        micro_batches = self.micro_batches(rollout, advantages)  # of groups that have a gradient
-
-        for _ in range(args.num_iterations):  # if 1, ρ is 1 throughout, and nothing is clipped
-            for parameter in self.params.values():  # those that require gradients
-                parameter.grad = torch.zeros_like(parameter)  # also if micro_batches is []
+            rollout.completion_mask &= rollout.ended(self.eos_token_ids).unsqueeze(1)  # no EOS: out
+        normalizer, loss_scale = self.normalizers(rollout.completion_mask)  # N; 2^k for float16
+        micro_batches = self.micro_batches(rollout, advantages)  # of this process's groups
+        self.last_batch, self.samples = (rollout, micro_batches), samples  # for callbacks
+        # 3. Make the better ones likelier. The micro-batches' gradients add up to the batch's
+        for _ in range(args.num_iterations):  # if 1, ρ is 1 throughout, and no ρ is clipped
+            for parameter in self.params.values():  # not None: there may be no group with A ≠ 0
+                parameter.grad = torch.zeros_like(parameter)
             if args.top_entropy_quantile < 1:
                 self.mark_uncertain_tokens(micro_batches)
-            total = 0.0 if rollout.logps.isfinite().all() else math.nan  # NaN: no optimizer step
+            total = 0.0
             with evaluating(self.model, adapter_dropout=True):  # no dropout but the adapter's
                 for micro in micro_batches:
                     piece, mask = micro.rollout, micro.rollout.completion_mask
-                    logps, entropies = self.logps(piece)  # (b, T) each; piece.logps: the sampler's
+                    logps, entropies = self.logps(piece)  # (b, T) each; logps with gradients
                     if micro.old_logps is None:  # the batch's first update
-                        micro.old_logps = logps.detach()  # not piece.logps: they round differently
+                        micro.old_logps = logps.detach()  # not the sampler's: they round otherwise
                     loss, stats = grpo_loss(
                         logps, micro.old_logps, micro.advantages, mask, ref_logps=micro.ref_logps,
                         token_weights=self.token_weights(micro, logps.detach(), micro.old_logps),
                         normalizer=normalizer, **self.objective(),  # beta, epsilon, ...: from args
                     )  # fmt: skip
-                    (loss * loss_scale).backward()  # inside: checkpointing reruns the forward
+                    (loss * loss_scale).backward()
                     total += loss.item()
                     stats["entropy"] = entropies[mask].mean().item()
-                    stats[GAP] = (micro.old_logps - piece.logps)[mask].abs().mean().item()
+                    stats[SAMPLER_GAP] = (micro.old_logps - piece.logps)[mask].abs().mean().item()
                     logged.append((int(mask.sum()), stats))
-            logged.append((1, self.optimizer_step(total, loss_scale)))  # clips the gradients first
-        self.last_batch, self.samples = (rollout, micro_batches), samples
+            logged.append((1, self.optimizer_step(total, loss_scale)))  # clips gradients; steps
         self.tokens += sum(sample["prompt_length"] + sample["length"] for sample in samples)
         metrics = self.summarize(samples, rewards, advantages)
         return metrics | weighted_means(logged) | {"num_tokens": self.tokens}
 
     def sample(self, rows: Rows, num_generations: int) -> Rollout:
-        """Completions from the policy as it is now, on merged weights if self.merges. What is
-        sampled does not depend on the number of processes, which share one stream of draws."""
+        """Completions from the policy as it is now: on merged weights, W + s·B A, if merging is
+        exact. The number of processes changes none of them: these share one stream of draws."""
         args = self.args
         prompts = [torch.tensor(self.encode(row), device=self.device) for row in rows]
         ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
@@ -531,8 +533,7 @@ class GRPOTrainer:
         record each completion's prompt, text, lengths and rewards. Both are of all processes."""
         G = rollout.num_generations
         rows = [row for row in rows for _ in range(G)]  # the data's row of each completion
-        masked = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
-        ids = [row_ids[mask].tolist() for row_ids, mask in masked]
+        ids = [rollout.completion_ids[b, m].tolist() for b, m in enumerate(rollout.completion_mask)]
         ends = {*self.eos_token_ids, self.tokenizer.pad_token_id}  # other special tokens are text
         texts = self.tokenizer.batch_decode([[i for i in row if i not in ends] for row in ids])
         # a <think> with which the template ends the prompt is the first word of the completion
@@ -551,8 +552,7 @@ class GRPOTrainer:
         }  # fmt: skip
         columns |= {f"rewards/{n}": s for n, s in zip(self.reward_names, scores, strict=True)}
         samples = [dict(zip(columns, x, strict=True)) for x in zip(*columns.values(), strict=True)]
-        by_row = gather([*zip(*scores, strict=True)])
-        rewards = torch.tensor([*chain(*by_row)], dtype=torch.float64)
+        rewards = torch.tensor([*chain(*gather([*zip(*scores, strict=True)]))], dtype=torch.float64)
         return rewards.view(-1, G, len(scores)), [*chain(*gather(samples))]
 
     def logps(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -565,8 +565,8 @@ class GRPOTrainer:
         return {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
 
     def normalizers(self, mask: Tensor) -> tuple[int, float]:
-        """grpo_loss's normalizer for mask (B, T), over all processes. And a power of two
-        to multiply the loss by: 1/tokens (luspo: 1/rows) is too small for a gradient in float16."""
+        """grpo_loss's normalizer for mask (B, T), over all processes. And a power of two to
+        multiply losses by, for models in float16, where a gradient of 1/N would round to 0."""
         tokens, rows = sum(gather(int(mask.sum()))), sum(gather(len(mask)))
         aggregation = AGGREGATION[self.args.loss_type]
         scale = 2.0 ** int(math.log2(max(1, rows if aggregation == "row_sum" else tokens)))
@@ -574,10 +574,10 @@ class GRPOTrainer:
 
     @torch.no_grad()
     def micro_batches(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
-        """This process's groups, by length to save padding; with reference log-probs if beta > 0.
-
-        A group whose advantages are all 0 is skipped (N still counts it), unless a KL, opmd's
-        square, a quantile of entropies or sharding needs its forward."""
+        """This process's groups, sorted by length to save padding; with reference log-probs if
+        beta > 0. advantages: (P·processes, G), of all. A group with none but 0 is skipped
+        (N still counts it), unless a KL, opmd's square, a quantile of entropies or sharding needs
+        its forward."""
         args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
         advantages = advantages.to(rollout.logps)[self.rank * P :][:P]  # this process's groups
         every = args.beta or args.loss_type == "opmd" or args.top_entropy_quantile < 1
@@ -617,14 +617,14 @@ class GRPOTrainer:
         return weights
 
     def optimizer_step(self, loss: float, scale: float) -> dict[str, float]:
-        """Divide gradients by scale, sum them and the loss over the processes, clip, and step. A
-        step that is not finite is skipped. Returns metrics; grad_norm is that before clipping."""
+        """Divide gradients by scale, sum them and the loss over the processes, clip, and step if
+        all is finite. Returns metrics; grad_norm is that before clipping."""
         for parameter in self.params.values():
             parameter.grad /= scale  # type: ignore[operator, assignment]
             if self.world > 1:
                 dist.all_reduce(parameter.grad)
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.args.max_grad_norm).item()
-        loss = sum(gather(loss))
+        loss = sum(gather(loss if self.last_batch[0].logps.isfinite().all() else math.nan))
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule(self.step)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -656,8 +656,7 @@ class GRPOTrainer:
             metrics = own | metrics | own  # first in order, and not to be overwritten by rewards
             if self.eval_dataset and (self.step >= end or self.due(args.eval_steps)):
                 metrics |= self.evaluate()
-            stopping = any(gather(self.stop))  # asked of one, all processes stop at this update
-            self.stop = self.stop or stopping
+            self.stop = stopping = any(gather(self.stop))  # asked of one, all processes stop here
             for callback in self.callbacks:
                 callback(self, metrics)
             if stopping:
@@ -848,7 +847,7 @@ def sampler_weights(
 
 
 def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Means of named numbers over parts, such as micro-batches by tokens, of all processes."""
+    """Means over parts of all processes: micro-batches by tokens, say. Weight 0 drops a part."""
     sums: dict[str, tuple[float, int]] = {}
     for weight, values in chain(*gather(parts)):
         for name, value in values.items() if weight else ():
@@ -859,15 +858,15 @@ def weighted_means(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float
 
 @contextmanager
 def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None]:
-    """Eval mode within, each module's own mode after. adapter_dropout: but with the
-    adapter's dropout on, and activation checkpointing, for the loss."""
+    """Eval mode within, so that the base has no dropout; each module's own mode after. With
+    adapter_dropout (for the loss) the adapter's dropout and activation checkpointing stay on."""
     with ExitStack() as after:
         for name, module in model.named_modules():
-            held = vars(module)  # a checkpointed layer may hold its dropout rate as a number
-            rates = {key: x for key, x in held.items() if "dropout" in key and isinstance(x, float)}
-            after.callback(held.update, rates, training=module.training)
+            held = vars(module)  # its dropout rates, if numbers; and what lora.REPACKS is
+            off = {key: x for key, x in held.items() if "dropout" in key and isinstance(x, float)}
+            after.callback(held.update, off, training=module.training)
             acts = "lora_dropout" in name or getattr(module, "gradient_checkpointing", False)
-            held.update(dict.fromkeys(rates, 0.0), training=adapter_dropout and acts)
+            held.update(dict.fromkeys(off, 0.0), training=adapter_dropout and acts)
         yield
 
 

@@ -34,7 +34,7 @@ import grpo_lora
 import rewards
 from grpo_lora import (
     AGGREGATION,
-    GAP,
+    SAMPLER_GAP,
     CausalLM,
     GRPOConfig,
     GRPOTrainer,
@@ -752,7 +752,7 @@ def test_the_update_does_not_depend_on_the_micro_batch_split(args):
     for grads, metrics in seen[1:]:
         for name in grads:
             torch.testing.assert_close(grads[name], seen[0][0][name], atol=1e-6, rtol=1e-5)
-        for key in ("loss", "entropy", "grad_norm", "reward", GAP):
+        for key in ("loss", "entropy", "grad_norm", "reward", SAMPLER_GAP):
             assert metrics[key] == pytest.approx(seen[0][1][key], rel=1e-5, abs=1e-9), key
 
 
@@ -807,11 +807,11 @@ def test_the_sampler_and_the_scorer_agree_at_any_temperature():
         metrics = update(
             trainer(with_adapters(tiny_model(), lora_dropout=0.0), temperature=temperature)
         )
-        assert metrics[GAP] < 1e-5
+        assert metrics[SAMPLER_GAP] < 1e-5
 
 
 def test_the_gap_compares_sampler_and_scorer_of_one_policy():
-    assert update(trainer(num_iterations=2, learning_rate=0.3))[GAP] < 1e-5
+    assert update(trainer(num_iterations=2, learning_rate=0.3))[SAMPLER_GAP] < 1e-5
 
 
 def test_the_reference_is_the_policy_that_training_starts_from(tmp_path):
@@ -985,7 +985,7 @@ def test_every_kind_of_model_trains(kind):
     before = adapters_of(model)
     metrics = trainer(model, reward, **args).train()
     gap = 0.05 if kind in ("bf16", "dora+") else 1e-4  # rounding, dropout
-    assert metrics["grad_norm"] > 0 and metrics[GAP] < gap
+    assert metrics["grad_norm"] > 0 and metrics[SAMPLER_GAP] < gap
     assert (
         sum(not torch.equal(before[name], p) for name, p in adapters_of(model).items())
         >= len(before) / 2

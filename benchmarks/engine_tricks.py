@@ -1,10 +1,11 @@
 """What each of the engine's tricks brings: an update without one of them, beside the whole engine.
 
-    python benchmarks/engine_tricks.py MODEL_FOLDER     # SmolLM2-135M: 15 minutes on two cores
+    python benchmarks/engine_tricks.py MODEL_FOLDER     # SmolLM2-135M: 12 minutes on two cores
 
 Each run is a process of its own, whose first update is not timed. The order rotates from round to
-round. Writes engine_tricks.json: median seconds of an update and of its sampling, and what taking
-the trick away adds.
+round. Writes engine_tricks.json: for each size of work, median seconds of an update and of its
+sampling, and what taking the trick away adds. The sizes are the two rows of step_vs_trl.py. With
+the second, whose prompts are long, the cache alone is taken away.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-PROMPTS, G, T, L = 2, 8, 64, 80  # the first row of step_vs_trl.py
+G, T = 8, 64
 
 
 def take_away(trick: str) -> None:
@@ -26,8 +27,8 @@ def take_away(trick: str) -> None:
     import grpo_lora
     from runner import fast
 
-    if trick == "products in blocks":
-        fast.in_blocks = lambda weight, k: weight
+    if trick == "products by oneDNN":
+        fast.MANY = sys.maxsize
     elif trick == "roomy cache":
         fast.FastLM.new_cache = lambda self, room=0: grpo_lora.CausalLM.new_cache(self)
     elif trick == "slopes in the forward pass":
@@ -37,14 +38,15 @@ def take_away(trick: str) -> None:
 
 
 TRICKS = [
-    "products in blocks",
+    "products by oneDNN",
     "roomy cache",
     "slopes in the forward pass",
     "malloc and shared keys",
 ]
+WORK = {(2, 80): TRICKS, (1, 520): ["roomy cache"]}  # prompts and their tokens: what is taken away
 
 
-def run(model_folder: str, without: str) -> dict[str, float]:
+def run(model_folder: str, prompts: int, L: int, without: str) -> dict[str, float]:
     """Seconds of the second update, and of its sampling."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from word_problems import problems
@@ -57,9 +59,9 @@ def run(model_folder: str, without: str) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = apply_lora(AutoModelForCausalLM.from_pretrained(model_folder), LoRAConfig(r=16))
     ids = tokenizer(" ".join(row["prompt"][-1]["content"] for row in problems(400))).input_ids
-    rows = [{"prompt": tokenizer.decode(ids[i * L : (i + 1) * L])} for i in range(2 * PROMPTS)]
+    rows = [{"prompt": tokenizer.decode(ids[i * L : (i + 1) * L])} for i in range(2 * prompts)]
     reward = lambda completions, **_: [len(set(text)) / 10 for text in completions]
-    sizes: dict[str, Any] = {"prompts_per_step": PROMPTS, "num_generations": G}
+    sizes: dict[str, Any] = {"prompts_per_step": prompts, "num_generations": G}
     args = GRPOConfig(max_completion_length=T, per_device_train_batch_size=16, **sizes)
     trainer = GRPOTrainer(model, reward, args, rows, None, tokenizer, engine=fast)
     trainer.eos_token_ids = []  # full length
@@ -80,23 +82,18 @@ def run(model_folder: str, without: str) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--without", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.without is not None:
-        print(json.dumps(run(options.model, options.without)))
-        return
-    sides = ["nothing", *TRICKS]
+def measure(model_folder: str, work: tuple[int, int], tricks: list[str], rounds: int) -> dict:
+    """Medians of all sides on one size of work."""
+    sides = ["nothing", *tricks]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for number in range(options.rounds):
-        for side in sides[number:] + sides[:number]:
-            command = [sys.executable, __file__, options.model, "--without", side]
+    for number in range(rounds):
+        turn = number % len(sides)
+        for side in sides[turn:] + sides[:turn]:
+            command = [sys.executable, __file__, model_folder, "--without", side]
+            command += ["--work", json.dumps(work)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(number, side, found[side][-1], flush=True)
+            print(work, number, side, found[side][-1], flush=True)
     median = lambda side, key: statistics.median(row[key] for row in found[side])
     rows = []
     for side in sides:
@@ -104,7 +101,22 @@ def main() -> None:
         added = seconds / median("nothing", "seconds") - 1
         row = {"without": side, "seconds": round(seconds, 2), "added": round(added, 3)}
         rows.append(row | {"sampling": round(median(side, "sampling"), 2), "all": found[side]})
-    result = {"command": "python benchmarks/engine_tricks.py MODEL_FOLDER", "results": rows}
+    name = f"{work[0]} x {G} x {T}, prompts of {work[1]}"
+    return {"work": name, "results": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without", help=argparse.SUPPRESS)  # these two: measure
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.without is not None:
+        print(json.dumps(run(options.model, *json.loads(options.work), options.without)))
+        return
+    works = [measure(options.model, work, some, options.rounds) for work, some in WORK.items()]
+    result = {"command": "python benchmarks/engine_tricks.py MODEL_FOLDER", "work": works}
     (HERE / "engine_tricks.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

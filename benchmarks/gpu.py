@@ -52,7 +52,7 @@ def measure(
 ) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from grpo_lora import GAP, GRPOConfig, GRPOTrainer
+    from grpo_lora import SAMPLER_GAP, GRPOConfig, GRPOTrainer
     from lora import LoRAConfig, apply_lora
     from runner import fast
 
@@ -89,7 +89,12 @@ def measure(
     config = base.config
     heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * 2 * group * (1.5 * length)  # half-way, in bf16
-    found |= {"group": group, "merged": merged, "gap": metrics[GAP], "bytes": weights + cache}
+    found |= {
+        "group": group,
+        "merged": merged,
+        "gap": metrics[SAMPLER_GAP],
+        "bytes": weights + cache,
+    }
     found["tokens_per_second"] = group * length / found["sampling"]
     found["share_not_sampling"] = 1 - found["sampling"] / found["seconds"]
     if ON_GPU:

@@ -452,10 +452,6 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
      "10000.0", "10001.0"): "any finite number does",
     ("one = p.new_full((len(y), 1), 1 / temperature)",
      "1", "2"): "a second column, which scatter_add_ does not read",
-    ("product = _InBlocks.apply if with_grad else _InBlocks.forward",
-     "_InBlocks.apply if with_grad else _InBlocks.forward",
-     "_InBlocks.forward if with_grad else _InBlocks.apply"):
-        "autograd finds the same gradient, in more memory",
 }
 # fmt: on
 

@@ -85,7 +85,7 @@ def measure(point: dict) -> dict:
         tokens.append(metrics["completions/mean_length"] * point["P"] * point["G"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"seconds": statistics.median(seconds[1:]), "mib": (peak - before) / 2**10}
-    return found | {"tokens": tokens[-1], "gap": metrics[grpo_lora.GAP]}
+    return found | {"tokens": tokens[-1], "gap": metrics[grpo_lora.SAMPLER_GAP]}
 
 
 def in_process(point: dict) -> dict:

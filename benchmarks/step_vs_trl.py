@@ -138,7 +138,7 @@ def ours(side: str, folder: str, work: tuple, updates: int, rows_per_forward: in
         seconds.append(now() - start)
     gflop = needed_gflop(model, P, G, T, len(tokenizer(rows[0]["prompt"]).input_ids))
     timings = {"seconds": seconds[1:], "sampling": sampling[1:], "peak_gib": peak_gib()}
-    return timings | {"gflop": gflop, "gap": metrics[grpo_lora.GAP]}
+    return timings | {"gflop": gflop, "gap": metrics[grpo_lora.SAMPLER_GAP]}
 
 
 def needed_gflop(model, P: int, G: int, T: int, L: int) -> float:

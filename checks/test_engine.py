@@ -10,14 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_lora
 from checks.test_families import FAMILIES, IDLE, family_model
-from grpo_lora import GAP, CausalLM
+from grpo_lora import SAMPLER_GAP, CausalLM
 from lora import LoRAConfig, LoRALinear, apply_lora, lora_disabled, lora_merged
 from runner import fast
 from test_training import (
@@ -30,6 +29,11 @@ from test_training import (
     update,
     with_adapters,
 )
+
+
+@pytest.fixture(autouse=True)
+def every_layer_is_large_enough(monkeypatch):
+    monkeypatch.setattr(fast, "MANY", 1)
 
 
 def test_a_cache_has_room_where_all_is_kept_and_stays_a_window_where_that_slides():
@@ -299,67 +303,87 @@ def test_log_probs_of_a_half_precision_head_are_taken_in_float32():
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("out", [7, 48, 64, 192, 1024])
 @pytest.mark.parametrize("shape", [(5, 3), (4, 1, 3), (1, 256, 3), (2, 129, 3), (3,), (0, 3)])
-def test_a_linear_product_in_blocks_changes_neither_value_nor_gradient(
-    shape, out, with_bias, frozen
-):
-    def values_and_gradients(function):  # of small integers, whose sums are exact in any order
-        torch.manual_seed(0)
-        x, weight, bias, slope = (
-            torch.randint(-9, 10, size).float().requires_grad_()
-            for size in (shape, (out, 3), (out,), (*shape[:-1], out))
-        )
-        weight.requires_grad_(not frozen)
-        y = function(input=x, weight=weight, bias=bias if with_bias else None)
+def test_a_quick_product_changes_neither_value_nor_gradient(shape, out, with_bias, frozen):
+    layer = nn.Linear(3, out, bias=with_bias).requires_grad_(not frozen)
+    torch.manual_seed(0)
+    x, slope = (
+        torch.randint(-9, 10, size).float() for size in (shape, (*shape[:-1], out))
+    )  # small integers, whose sums are exact in any order
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randint(-9, 10, p.shape))
+
+    def values_and_gradients(quick):
+        x.requires_grad_().grad = None
+        layer.zero_grad()
+        with quick(layer):
+            y = layer(x)
+            assert ("forward" in vars(layer)) == (quick is fast.quick_products and frozen)
         assert y.is_contiguous()
         y.backward(slope)
-        with torch.no_grad():
-            again = function(input=x, weight=weight, bias=bias if with_bias else None)
-        return y, again, x.grad, weight.grad, bias.grad
+        assert "forward" not in vars(layer)
+        return y, x.grad, *(p.grad for p in layer.parameters())
 
-    expected = values_and_gradients(F.linear)
-    copied = lambda input, weight, bias: fast.linear(
-        input, fast.in_blocks(weight, 16).contiguous(), bias
-    )
-    with fast._FasterHead():
-        by_mode = values_and_gradients(F.linear)
-    for found in (values_and_gradients(fast.linear), values_and_gradients(copied), by_mode):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    expected = values_and_gradients(contextlib.nullcontext)
+    found = values_and_gradients(fast.quick_products)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for pack in (False, True):
+        with torch.no_grad(), fast.quick_products(layer, pack):
+            assert "forward" in vars(layer)
+            assert torch.equal(layer(x), expected[0]) and layer(x).is_contiguous()
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="a gain with MKL alone")
-def test_few_rows_in_float32_and_they_alone_go_in_blocks(monkeypatch):
-    product, seen = fast._InBlocks.forward, []
-    monkeypatch.setattr(
-        fast._InBlocks, "forward", staticmethod(lambda x, w: seen.append(len(x)) or product(x, w))
-    )
-    f32, f64 = torch.float32, torch.float64
-    for rows, out, dtype in [
-        (0, 64, f32),
-        (1, 64, f32),
-        (256, 64, f32),
-        (257, 64, f32),
-        (5, 48, f32),
-        (6, 64, f64),
-    ]:
-        x, weight = torch.randn(rows, 3, dtype=dtype), torch.randn(out, 3, dtype=dtype)
-        fast.linear(x, weight)
-        fast.linear(x, weight.requires_grad_())  # W needs a gradient, which blocks do not have
-        with torch.no_grad():
-            fast.linear(x, weight)
-    assert seen == [1, 1, 256, 256]
-    assert fast.in_blocks(torch.ones(48, 3), 16).shape == (3, 3, 16)
-    for weight in (
-        torch.ones(47, 3),
-        torch.ones(48, 3, dtype=f64),
-        torch.ones(48, 3, device="meta"),
-    ):
-        assert fast.in_blocks(weight, 16) is weight
-    model = apply_lora(nn.Sequential(nn.Linear(3, 48)), LoRAConfig(r=1, target_modules=["0"]))
-    with torch.no_grad(), lora_merged(model), fast.packed(model):
-        weight = model[0].forward.keywords["weight"]
-        assert weight.shape == (3, 3, 16) and weight.is_contiguous()
-        model(torch.ones(5, 3))
-    assert "forward" not in vars(model[0])
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_which_layers_have_quick_products(monkeypatch):
+    f64, meta = nn.Linear(8, 8, dtype=torch.float64), nn.Linear(8, 8, device="meta")
+    own, many, few = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 7)
+    own.forward = lambda x: x  # a hook's, or a patch's
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Quantised(torch.Tensor):  # knows no product but its own
+        pass
+
+    quantised = nn.Linear(8, 8)
+    quantised.weight = nn.Parameter(torch.ones(8, 8).as_subclass(Quantised), requires_grad=False)
+    bias = nn.Linear(8, 8)
+    for layer in (f64, meta, own, many, few, quantised, bias):
+        layer.requires_grad_(False)
+    bias.bias.requires_grad_()  # trained alone
+    layers = nn.ModuleList([f64, meta, own, many, few, Scaled(8, 8), quantised, bias])
+    monkeypatch.setattr(fast, "MANY", 64)
+
+    def quick(model=layers):
+        with fast.quick_products(model):
+            linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not own]
+            return [m for m in linear if "forward" in vars(m)]
+
+    assert quick() == [many]
+    with torch.no_grad():
+        assert quick() == [many, bias]
+        with torch.autocast("cpu"):
+            assert quick() == []
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert quick() == []
+        for backend in (torch.backends.mkl, torch.backends.mkldnn):
+            with mock.patch.object(backend, "is_available", lambda: False):
+                assert quick() == []
+        compiled = [nn.Sequential(nn.Linear(8, 8)), nn.Sequential(torch.compile(nn.Linear(8, 8)))]
+        compiled[0].compile()
+        assert [quick(model) for model in compiled] == [[], []]
+    assert own(3) == 3
+
+
+def test_a_quick_layer_says_as_a_plain_one_what_it_cannot_take():
+    layer, x = nn.Linear(8, 8), torch.ones(2, 8, dtype=torch.float64)
+    said = []
+    for quick in (contextlib.nullcontext(), fast.quick_products(layer)):
+        with torch.no_grad(), quick, pytest.raises(RuntimeError) as error:
+            layer(x)
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 16), (5, 16), (16,), (0, 16)])  # (..., in); 8 outputs
@@ -459,7 +483,9 @@ def test_engine_and_plain_code_agree_in_each_precision_and_with_each_adapter(
     if trained_head:
         config = config | {"target_modules": ["lm_head", "q_proj", "down_proj"]}
     model, (ids, mask) = with_adapters(tiny_model(dtype=dtype), **config), prompts((3, 6))
-    if dtype == torch.bfloat16:  # blocks round elsewhere: tokens of merged half weights may differ
+    if (
+        dtype == torch.bfloat16
+    ):  # products round elsewhere: tokens of merged half weights may differ
         rollout = sample(model, ids, mask)
         pairs = [e.completion_logps(model, rollout, temperature=0.7) for e in (grpo_lora, fast)]
         torch.testing.assert_close(pairs[0], pairs[1], atol=0.05, rtol=0.05)
@@ -484,7 +510,7 @@ def test_an_update_is_the_same_with_each_engine(engine):
     assert texts == other_texts
     for name in weights:
         torch.testing.assert_close(weights[name], other_weights[name], atol=1e-4, rtol=1e-4)
-    for name in metrics.keys() - {GAP}:
+    for name in metrics.keys() - {SAMPLER_GAP}:
         assert metrics[name] == pytest.approx(others[name], rel=1e-3, abs=1e-5, nan_ok=True)
 
 
@@ -504,23 +530,44 @@ def test_malloc_is_told_to_keep_memory_and_attention_to_share_keys(monkeypatch):
         told.clear()
 
 
-def test_packed_weights_keep_the_bias_and_leave_a_layer_that_is_off():
+@pytest.mark.parametrize("pack", [False, True])
+@torch.no_grad()
+def test_merged_layers_have_quick_products_with_their_bias_and_their_parts_none(pack):
     torch.manual_seed(0)
-    model = apply_lora(nn.ModuleDict({"up": nn.Linear(48, 64)}), LoRAConfig(r=2, lora_alpha=8))
-    nn.init.normal_(model["up"].lora_B.weight)
-    x, held = torch.randn(3, 48), lambda: "forward" in vars(model["up"])
-    with fast.packed(model):
-        assert not held()
+    layers = {"up": nn.Linear(48, 64), "plain": nn.Linear(8, 8)}
+    model = apply_lora(nn.ModuleDict(layers), LoRAConfig(r=2, lora_alpha=8, target_modules=["up"]))
+    up, plain = model["up"], model["plain"]
+    nn.init.normal_(up.lora_B.weight)
+    x, quick = torch.randn(3, 48), lambda: {m for m in model.modules() if "forward" in vars(m)}
+    with fast.quick_products(model, pack):
+        assert quick() == {up.base_layer, up.lora_A, up.lora_B, plain}
     with lora_merged(model):
-        on = model["up"](x)
-        with fast.packed(model):
-            assert held()
-            torch.testing.assert_close(model["up"](x), on)
-        assert not held()
+        on = up(x)
+        with fast.quick_products(model, pack):
+            assert quick() == {up, plain}
+            assert (up.forward.keywords["packed"] is not None) == pack
+            torch.testing.assert_close(up(x), on)
+        assert not quick()
         with lora_disabled(model):
-            off = model["up"](x)
-            with fast.packed(model):
-                assert not held() and torch.equal(model["up"](x), off)
+            off = up(x)
+            with fast.quick_products(model, pack):
+                assert up not in quick()
+                torch.testing.assert_close(up(x), off)
+
+
+@torch.no_grad()
+def test_a_rollout_packs_weights_and_scoring_does_not(monkeypatch):
+    packed, product = [], fast.linear
+    note = lambda *x, packed_=packed, **k: (
+        packed_.append(k["packed"] is not None) or product(*x, **k)
+    )
+    monkeypatch.setattr(fast, "linear", note)
+    model = with_adapters(tiny_model())
+    rollout = sample(model, *prompts(), engine=fast)
+    assert packed and all(packed)
+    packed.clear()
+    fast.completion_logps(model, rollout, temperature=1.0)
+    assert packed and not any(packed)
 
 
 def test_a_head_that_alone_is_trained_gets_its_gradient():
@@ -570,7 +617,7 @@ def test_log_probs_under_autocast_have_one_dtype():
 
 
 @torch.no_grad()
-def test_a_layer_whose_forward_is_patched_keeps_it_while_weights_are_packed():
+def test_a_layer_whose_forward_is_patched_keeps_it_while_others_are_quick():
     model, calls = with_adapters(tiny_model()), []
     layer = model.model.layers[0].self_attn.q_proj
     own = layer.forward
@@ -578,12 +625,3 @@ def test_a_layer_whose_forward_is_patched_keeps_it_while_weights_are_packed():
     with lora_merged(model):
         sample(model, *prompts(), engine=fast)
     assert calls and layer.forward is patched
-
-
-def test_weights_of_a_tensor_type_of_its_own_are_left_as_they_are():
-    class Packed(torch.Tensor):  # a quantised one, say, that knows no view
-        def view(self, *sizes):
-            raise NotImplementedError
-
-    weight = torch.randn(64, 8).as_subclass(Packed)
-    assert fast.in_blocks(weight, 16) is weight

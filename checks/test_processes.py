@@ -19,7 +19,7 @@ import torch.distributed as dist
 import grpo_lora
 import rewards
 from checks.helpers import CLI_RUN, HERE, PLAIN, lines, run, run_trainer, same_run
-from grpo_lora import GAP
+from grpo_lora import SAMPLER_GAP
 from runner import fast, processes
 from runner.cli import main
 from test_training import EOS, ROWS, adapters_of, prompts, sample, tiny_model, update, with_adapters
@@ -161,7 +161,7 @@ def test_several_processes_make_the_update_of_one(world, job, alone, tmp_path):
         for theirs, ours in ((metrics, alone[name][2]), (evaluated, alone[name][4])):
             assert theirs.keys() == ours.keys()
             over_all = (
-                {"entropy", GAP} if job is parallel_sharded else set()
+                {"entropy", SAMPLER_GAP} if job is parallel_sharded else set()
             )  # it skips no group, so that they are means over more
             for key in ours.keys() - over_all:
                 assert theirs[key] == pytest.approx(ours[key], rel=1e-6, abs=1e-9, nan_ok=True), key

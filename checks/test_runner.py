@@ -44,7 +44,7 @@ from checks.helpers import (
     same_files,
     same_run,
 )
-from grpo_lora import GAP, GRPOConfig, GRPOTrainer, completion_mask
+from grpo_lora import SAMPLER_GAP, GRPOConfig, GRPOTrainer, completion_mask
 from lora import LoRAConfig, load_lora, save_lora
 from runner import checkpoints, cli, demo, report, watch
 from runner.checkpoints import Checkpoints, ResumeError
@@ -334,7 +334,7 @@ def test_warning_the_sampler_is_not_the_policy_that_is_scored(monkeypatch):
     monkeypatch.setattr(
         grpo_lora, "generate", lambda *a, **k: original(*a, **k | {"temperature": 2.0})
     )
-    assert GAP in warned(temperature=0.5)
+    assert SAMPLER_GAP in warned(temperature=0.5)
 
 
 def test_warning_adapters_that_stay_at_zero(capsys):
@@ -364,7 +364,7 @@ def test_warnings_stay_silent_on_a_healthy_run_and_each_is_in_the_table():
     assert {sign.metric for sign in watch.SIGNS} == {
         "frac_reward_zero_std", "reward", "kl", "entropy/first", "completions/clipped_ratio",
         "clip_ratio/region_mean", "grad_norm", "grad_norm/usual", "skipped_updates",
-        "adapters at zero", GAP,
+        "adapters at zero", SAMPLER_GAP,
     }  # fmt: skip
 
 

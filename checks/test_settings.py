@@ -26,7 +26,7 @@ import torch.distributed as dist
 from checks.helpers import lines
 from grpo_lora import (
     AGGREGATION,
-    GAP,
+    SAMPLER_GAP,
     GRPOConfig,
     GRPOTrainer,
     completion_logps,
@@ -178,7 +178,7 @@ def the_policy_that_samples_and_is_scored_is_tempered(given: Given) -> None:
     rollout = t.last_batch[0]
     wanted = one_by_one(before, rollout, temperature=0.5)
     torch.testing.assert_close(rollout.logps.double(), wanted, atol=1e-5, rtol=0)
-    assert metrics[GAP] < 1e-5
+    assert metrics[SAMPLER_GAP] < 1e-5
 
 
 @acts(system_prompt="3")
@@ -326,7 +326,7 @@ def half_precision_weights_are_merged_for_rollouts(given: Given) -> None:
     correction = {"sampler_correction": "token_truncate"}
     merged, plain = trainer(model(), **correction, **given), trainer(model(), **correction)
     assert merged.merges and not plain.merges
-    assert update(merged)[GAP] > 0 and trainer(**correction).merges
+    assert update(merged)[SAMPLER_GAP] > 0 and trainer(**correction).merges
     with pytest.raises(ValueError, match="needs sampler_correction"):
         trainer(model(), **given)
 

@@ -54,6 +54,7 @@ from test_training import (
     TOKENIZER,
     VOCAB,
     digits,
+    gradients,
     lines,
     one_by_one,
     prompts,
@@ -250,6 +251,27 @@ def test_a_half_precision_base_trains_under_activation_checkpointing(engine):
     model = with_adapters(tiny_model(dtype=torch.bfloat16), random=False)
     t = trainer(model, engine=engine, gradient_checkpointing=True)
     assert update(t)["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"], ["lm_head", "q_proj"]])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_engine_has_the_plain_gradients_with_dropout_and_checkpointing(
+    checkpointing, targets, use_dora, monkeypatch
+):
+    monkeypatch.setattr(fast, "MANY", 1)
+    config = {"target_modules": targets, "use_dora": use_dora, "lora_dropout": 0.2}
+    model = with_adapters(tiny_model(), **config)
+    rollout, found = sample(model, *prompts((3, 6))), []
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    for engine in (grpo_lora, fast):
+        torch.manual_seed(0)  # the same dropout
+        with grpo_lora.evaluating(model, adapter_dropout=True):
+            logps, _ = engine.completion_logps(model, rollout, temperature=0.7)
+            slope = torch.linspace(-1, 1, logps.numel()).view_as(logps)
+            found.append(gradients(model, (logps * slope).sum()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_the_default_learning_rate_follows_width_alpha_and_method():
@@ -1280,7 +1302,7 @@ def test_a_window_that_changes_the_frequencies_of_all_rows_is_not_left():
     )  # fmt: skip
     model = with_adapters(AutoModelForCausalLM.from_config(phi).eval())
     fits = [{"prompt": "1+" * 8}]
-    assert update(trainer(model, rows=fits, prompts_per_step=1))[grpo_lora.GAP] < 1e-5
+    assert update(trainer(model, rows=fits, prompts_per_step=1))[grpo_lora.SAMPLER_GAP] < 1e-5
     with pytest.raises(ValueError, match="the prompt has 17 tokens; 1 to 16 fit in"):
         trainer(model, rows=[{"prompt": "1+" * 8 + "1"}])
 

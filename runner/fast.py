@@ -11,7 +11,7 @@ What each trick is for (benchmarks/README.md says what it brings):
     _RoomyLayer     a token is written into the cache, not copied with all that went before it
     _ShownLayer     on a GPU a decode step is one launch, recorded once as a CUDA graph and replayed
     _TokenLogps     the head's gradient is taken while a chunk's logits exist, not in a second pass
-    linear          few rows go through a weight in blocks, which two cores share better
+    linear          products in float32 by oneDNN, of weights that lie as it likes them
     narrow_inputs   no float32 copy of a half-precision input is kept for the adapter's backward
     prepare         freed memory stays with the process; keys that heads share are not copied
 """
@@ -23,7 +23,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -46,18 +45,20 @@ GRAPHS = {"cuda"}  # kinds of device where decode steps are recorded; an empty s
 @functools.wraps(grpo_lora.generate)
 def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Rollout:
     prepare()
-    with packed(model):
-        return grpo_lora.generate(FastLM(model), *args, **kwargs)  # type: ignore[arg-type]
+    lm = FastLM(model)
+    with torch.no_grad(), quick_products(lm.core, pack=True):
+        return grpo_lora.generate(lm, *args, **kwargs)  # type: ignore[arg-type]
 
 
 @functools.wraps(grpo_lora.completion_logps)
 def completion_logps(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     prepare()
+    lm = FastLM(model)
     # a layer that is computed again in the backward pass must do there what it did here
     again = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    down = LoRALinear._down if again else narrow_inputs
-    with patch.object(LoRALinear, "_down", down):
-        return grpo_lora.completion_logps(FastLM(model), *args, **kwargs)  # type: ignore[arg-type]
+    down, quick = (plain_down, nullcontext) if again else (narrow_inputs, quick_products)
+    with patch.object(LoRALinear, "_down", down), quick(lm.decoder):
+        return grpo_lora.completion_logps(lm, *args, **kwargs)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -102,18 +103,15 @@ class FastLM(CausalLM):
             return cache.next_logits(ids, mask, lambda i, m: plain(i, m, cache))
         return plain(ids, mask, cache)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        with _FasterHead():
-            return super().logits(hidden)
-
     def token_logps(
         self, hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and self.logits(hidden[:1].detach()).requires_grad:
+        if torch.is_grad_enabled() and self.logits(hidden[:0].detach()).requires_grad:
             # the head is trained. It runs again in the backward pass, and there as it did here
             with patch.object(LoRALinear, "_down", plain_down):
                 return super().token_logps(hidden, targets, temperature, chunk_size)
-        return _TokenLogps.apply(hidden, targets, self.logits, temperature, chunk_size)
+        with quick_products(self.core):  # the head's
+            return _TokenLogps.apply(hidden, targets, self.logits, temperature, chunk_size)
 
 
 # ------------------------------------------------------------------------------------------ caches
@@ -322,16 +320,18 @@ def narrow_inputs(layer: LoRALinear, x: Tensor) -> Tensor:
         return layer.lora_A(wide)
 
 
-# ----------------------------------------------------------------------------- products in blocks
+# ---------------------------------------------------------------------------- products by oneDNN
+
+MANY = 2**16  # weights of a layer; with fewer the longer call costs more than it saves
 
 
-class _InBlocks(torch.autograd.Function):
-    """x Wᵀ, some outputs at a time: x (n, in), W (out/k, in, k), not trained -> (n, out)."""
+class _Product(torch.autograd.Function):
+    """x Wᵀ + bias by oneDNN: x (..., in), W (out, in), bias (out,) -> (..., out). Only x has a
+    gradient."""
 
     @staticmethod
-    def forward(x: Tensor, blocks: Tensor) -> Tensor:  # type: ignore[override]
-        y = torch.bmm(x.expand(len(blocks), -1, -1), blocks)  # (out/k, n, k)
-        return y.transpose(0, 1).reshape(len(x), -1)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -339,59 +339,57 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        (blocks,) = ctx.saved_tensors
-        return (blocks.mT.flatten(0, 1).T @ grad.T).T, None
+        (weight,) = ctx.saved_tensors
+        return _Product.forward(grad, weight.T, None), None, None
 
 
-def in_blocks(weight: Tensor, k: int) -> Tensor:
-    """(out, in) -> (out/k, in, k), a view. Unchanged where `linear` gains nothing by it, or k does
-    not divide out."""
-    dense = type(weight) in (Tensor, nn.Parameter)  # and no quantised one
-    gains = dense and weight.device.type == "cpu" and weight.dtype == torch.float32
-    gains = gains and torch.backends.mkl.is_available() and len(weight) % k == 0
-    return weight.view(-1, k, weight.shape[1]).mT if gains else weight
+def by_onednn(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` may take these: dense, many, in float32 on a CPU (an x86: others were not
+    tried), and not trained."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.numel() < MANY:
+        return False
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (weight, bias)):
+        return False
+    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    allowed = bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
+    kind = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return there and allowed and kind
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, x Wᵀ + bias: x (..., in), W (out, in), or in blocks (out/k, in, k) -> (..., out).
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
+    """F.linear, x Wᵀ + bias, by oneDNN.    x (..., in), W (out, in), bias (out,) -> (..., out)
 
-    In float32 on a CPU few rows go through W in blocks. MKL splits one product with so few rows
-    badly between cores; of blocks each core gets its own. A copy with k = 16 is read fastest;
-    without one, k = 64.
+    packed: a copy of W that lies as oneDNN reads it fastest. To make one takes as long as a few
+    products, so it is for weights that many tokens pass one after the other.
     """
-    blocks = weight if weight.dim() == 3 else in_blocks(weight, 64)
-    if blocks.dim() == 2:
-        return F.linear(input, weight, bias)
-    x, with_grad = input.reshape(-1, input.shape[-1]), torch.is_grad_enabled()
-    if not 0 < len(x) <= 256 or (with_grad and weight.requires_grad):
-        return F.linear(input, blocks.mT.flatten(0, 1), bias)
-    product = _InBlocks.apply if with_grad else _InBlocks.forward
-    y = product(x, blocks).view(*input.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-class _FasterHead(TorchFunctionMode):
-    """Within it F.linear is `linear`. (Around a whole forward it would cost more than it saves,
-    since it is asked about every call.)"""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+    if x.dtype != torch.float32:
+        return F.linear(x, weight, bias)  # which says what is wrong
+    product = _Product.apply if torch.is_grad_enabled() else _Product.forward
+    return product(x, weight if packed is None else packed, bias)
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """Within it merged weights (lora.lora_merged) lie in blocks of 16 outputs."""
-    modules = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    modules = [m for m in modules if is_dense(m.base_layer)]  # else merged has a dtype of its own
-    layers = [m for m in modules if m.merged is not None and not m.disabled]
-    layers = [m for m in layers if "forward" not in vars(m)]  # else a hook or patch owns it
+def quick_products(model: nn.Module, pack: bool = False) -> Iterator[None]:
+    """Within it linear layers, and adapted ones while they are merged, go through `linear`. pack:
+    with packed weights, which have no backward pass. A compiled model is left alone, as it would be
+    compiled again for each new forward."""
+    layers: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+    merged: set[nn.Module] = set()  # the parts of merged layers, which these do not call
+    compiled = any(m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules())
+    for m in model.modules() if not compiled else ():
+        if isinstance(m, LoRALinear) and m.merged is not None and not m.disabled:
+            merged.update(m.children())
+            if is_dense(m.base_layer):  # else merged has a dtype of its own
+                layers[m] = m.merged.detach(), m.base_layer.bias
+        elif type(m) is nn.Linear and m not in merged:
+            layers[m] = m.weight, m.bias
+    # a layer with a forward of its own has a hook or a patch there
+    layers = {m: wb for m, wb in layers.items() if by_onednn(*wb) and "forward" not in vars(m)}
     try:
-        for layer in layers:
-            assert layer.merged is not None
-            weight = in_blocks(layer.merged.detach(), 16).contiguous()
-            forward = functools.partial(linear, weight=weight, bias=layer.base_layer.bias)
-            layer.forward = forward  # type: ignore[method-assign]
+        for m, (weight, bias) in layers.items():
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight) if pack else None
+            m.forward = functools.partial(linear, weight=weight, bias=bias, packed=packed)
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        for m in layers:
+            vars(m).pop("forward", None)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from grpo_lora import GAP, GRPOConfig, GRPOTrainer, completion_mask, evaluating
+from grpo_lora import SAMPLER_GAP, GRPOConfig, GRPOTrainer, completion_mask, evaluating
 
 CURVES = [  # the first is what counts; those that a run lacks are left out
     ["reward", "eval_reward"],
@@ -31,7 +31,7 @@ CURVES = [  # the first is what counts; those that a run lacks are left out
     ["clip_ratio/region_mean"],
     ["frac_reward_zero_std", "completions/clipped_ratio"],
     ["learning_rate"],
-    [GAP],
+    [SAMPLER_GAP],
 ]
 COLOURS = ("#2563a8", "#c2571a")
 STYLE = """

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from grpo_lora import GAP, CausalLM, GRPOTrainer, to_json
+from grpo_lora import SAMPLER_GAP, CausalLM, GRPOTrainer, to_json
 from rewards import finish, reward_name
 
 
@@ -151,8 +151,8 @@ SIGNS = [
         "(some families read a layer's weight past its adapter), or raise learning_rate",
     ),
     Sign(
-        GAP,
-        lambda run: run.mean(GAP),
+        SAMPLER_GAP,
+        lambda run: run.mean(SAMPLER_GAP),
         lambda value, run: value > 0.1,
         "completions are not sampled from the policy that is scored; use float32, and look for "
         "what differs between the two",
