@@ -864,6 +864,7 @@ def evaluating(model: nn.Module, adapter_dropout: bool = False) -> Iterator[None
         for name, module in model.named_modules():
             held = vars(module)  # its dropout rates, if numbers; and what lora.REPACKS is
             off = {key: x for key, x in held.items() if "dropout" in key and isinstance(x, float)}
+            off |= {key: x for key, x in held.items() if key == "support_avx512bf16_for_cpu"}
             after.callback(held.update, off, training=module.training)
             acts = "lora_dropout" in name or getattr(module, "gradient_checkpointing", False)
             held.update(dict.fromkeys(off, 0.0), training=adapter_dropout and acts)

@@ -189,6 +189,9 @@ class LoRALinear(_Switchable):
         return (result + added).to(result.dtype)
 
 
+REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes: eval mode repacks, and ends the gradient
+
+
 def is_dense(base: Any) -> bool:
     """Whether a layer's weight is a matrix of numbers, rather than quantised."""
     return type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
@@ -196,8 +199,7 @@ def is_dense(base: Any) -> bool:
 
 @torch.no_grad()
 def dense_weight(base: Any) -> Tensor:
-    """(out, in): a linear layer's weight. A quantised one is found as base(identity)ᵀ less the
-    bias, which needs no library of quantisation."""
+    """(out, in): a linear layer's weight. Of a quantised one: base(identity)ᵀ less the bias."""
     if is_dense(base):
         return base.weight.T if isinstance(base, Conv1D) else base.weight
     dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
@@ -226,11 +228,9 @@ Adapters = dict[str, LoRALinear | TrainedCopy]  # by module name
 
 
 def apply_lora(model: Any, config: LoRAConfig) -> Any:
-    """Put adapters into `model`, in place, and freeze the rest. Returns the same model.
-
-    Raises ValueError, with the names that would do, where a target, a module to save or a pattern
-    matches nothing. A model that is refused is left as it was.
-    """
+    """Put adapters into `model`, in place, freeze the rest, and return it. Raises ValueError, with
+    the names that would do, where a target, a module to save or a pattern matches nothing; the
+    model is then left as it was."""
     return _insert(model, config, make_adapters(getattr(model, "_orig_mod", model), config))
 
 
@@ -265,8 +265,7 @@ def make_adapters(model: Any, config: LoRAConfig, strict: bool = True) -> Adapte
     return layers | {name: TrainedCopy(modules[name]) for name in saved}
 
 
-# PEFT's rules of which names a setting means: target_modules that is text, target_modules that is a
-# list, a key of rank_pattern or alpha_pattern. (In modules_to_save any ending will do.)
+# PEFT's rules for what a name means: in target_modules as text, and as a list; in ..._pattern
 _by_regex = lambda name, regex: regex == "all-linear" or re.fullmatch(regex, name)
 _by_ending = lambda name, ending: f".{name}".endswith(f".{ending}")
 _by_pattern = lambda name, regex: re.fullmatch(rf"(.*\.)?({regex})", name)
@@ -298,16 +297,20 @@ def _insert(model: Any, config: LoRAConfig, layers: Adapters) -> Any:
 
 
 @torch.no_grad()
-def _is_linear(module: Any) -> bool:
+def _is_linear(m: Any) -> bool:
     """Whether a module is a linear layer. One with its own forward must act like one."""
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+    if type(m).forward in (nn.Linear.forward, Conv1D.forward):
         return True
+    if hasattr(m, REPACKS):
+        setattr(m, REPACKS, False)
     try:
-        W = dense_weight(module)
-        x = torch.ones(2, module.in_features, dtype=W.dtype, device=W.device)
-        y = F.linear(x, W, module.bias).view(2, module.out_features)
-        return torch.allclose(module(x).float(), y.float(), 0.02, 0.02)
-    except Exception:  # no sizes; or a router, say, takes other inputs, and may raise anything
+        W = dense_weight(m)
+        x = torch.ones(2, m.in_features, dtype=W.dtype, device=W.device, requires_grad=True)
+        with torch.enable_grad():
+            y = m(x).view(2, m.out_features).float()
+            torch.autograd.grad(y.sum(), x)
+        return torch.allclose(y, F.linear(x, W, m.bias).float(), 0.02, 0.02)
+    except Exception:  # no sizes, no gradient; a router takes other inputs, and may raise anything
         return False
 
 
@@ -355,8 +358,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
 
 
 class lora_snapshot:
-    """The policy as it is now, frozen. `with snapshot(): ...` runs the model with these weights.
-    It copies only what is trained. Its whole state is `tensors` (name -> Tensor)."""
+    """The policy as it is now, frozen, for `with snapshot(): ...`. tensors: all that is trained."""
 
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor] | None = None) -> None:
         self.model, named = model, model.named_parameters()
@@ -473,8 +475,7 @@ def load_lora(model: Any, directory: str | Path) -> Any:
     """Put a saved adapter, ours or PEFT's, on a base model, trainable. Returns the model.
 
     Raises ValueError, naming file and tensor, for anything that does not fit; the model is then as
-    it was. (PEFT loads what fits and leaves the rest at its initialisation, so that an adapter with
-    wrong names loads as one that does nothing.)
+    it was. (PEFT loads what fits, and an adapter with wrong names as one that does nothing.)
     """
     config, file = read_lora_config(directory), Path(directory) / "adapter_model.safetensors"
     with naming(f"{file}: cannot be read as a safetensors file", OSError, SafetensorError):
@@ -502,8 +503,7 @@ def read_lora_config(directory: str | Path) -> LoRAConfig:
     file = Path(directory) / "adapter_config.json"
     with naming(f"{file}: cannot be read as JSON", OSError, ValueError):
         raw = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        found = raw.get("peft_type") if isinstance(raw, dict) else raw
+    if (found := raw.get("peft_type") if isinstance(raw, dict) else None) != "LORA":
         raise ValueError(f"{file}: peft_type is {found!r}; only 'LORA' adapters can be loaded")
     ours = {f.name for f in fields(LoRAConfig)}
     for key, value in raw.items():

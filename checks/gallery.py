@@ -680,6 +680,18 @@ GALLERY = [
         "(plain_down, nullcontext) if again else (narrow_inputs, quick_products)",
         "(plain_down if again else narrow_inputs), quick_products",
         "test_the_engine_has_the_plain_gradients_with_dropout_and_checkpointing"),
+    Bug(116, "bitsandbytes repacks a 4-bit layer in eval mode, and nothing below gets a gradient",
+        "this project", "lora.py",
+        "setattr(m, REPACKS, False)", "pass",
+        "test_a_layer_that_would_repack_itself_in_eval_mode_keeps_its_gradient"),
+    Bug(116, "bitsandbytes repacks a 4-bit layer in eval mode, and nothing below gets a gradient",
+        "this project", "grpo_lora.py",
+        'key == "support_avx512bf16_for_cpu"', "False",
+        "test_a_layer_that_would_repack_itself_in_eval_mode_keeps_its_gradient"),
+    Bug(117, "a layer that passes no gradient is adapted, and those below it are not trained",
+        "this project", "lora.py",
+        "torch.autograd.grad(y.sum(), x)", "pass",
+        "test_a_layer_that_passes_no_gradient_cannot_be_adapted"),
 ]
 # fmt: on
 

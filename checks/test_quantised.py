@@ -10,6 +10,7 @@ from torch import nn
 from checks.helpers import SMALL
 from grpo_lora import completion_logps
 from lora import (
+    REPACKS,
     LoRAConfig,
     apply_lora,
     dense_weight,
@@ -163,6 +164,9 @@ def test_the_adapter_of_a_quantised_base_loads_into_peft(kind, tmp_path):
     model = with_random_adapter(kind)
     save_lora(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(quantised(kind), tmp_path).eval()
+    for module in theirs.modules():  # the products of the training forward, on every CPU
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
     near = 0.01 if kind == "int8" else 1e-5
     torch.testing.assert_close(logits(theirs, IDS), logits(model, IDS), atol=near, rtol=near)
 

@@ -253,6 +253,54 @@ def test_a_half_precision_base_trains_under_activation_checkpointing(engine):
     assert update(t)["grad_norm"] > 0
 
 
+class Repacking(nn.Module):
+    """A linear layer of another library. Like bitsandbytes' Linear4bit on some CPUs, in eval mode it
+    repacks its weight for a product that has no gradient, and never unpacks it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias, self.packed = linear.weight, None, False
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        setattr(self, lora.REPACKS, True)
+
+    def forward(self, x):
+        wanted = getattr(self, lora.REPACKS) and not self.training and not x.requires_grad
+        self.packed = self.packed or wanted
+        return nn.functional.linear(x.detach() if self.packed else x, self.weight)
+
+
+def repacking_model():
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Repacking(layer.mlp.down_proj)
+    return model.eval()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("engine", [grpo_lora, fast])
+def test_a_layer_that_would_repack_itself_in_eval_mode_keeps_its_gradient(ours, engine):
+    model = repacking_model()
+    if ours:
+        apply_lora(model, LoRAConfig(target_modules=["up_proj", "down_proj"]))
+        adapted = model.model.layers[1].mlp.down_proj
+        assert isinstance(adapted, LoRALinear) and not getattr(adapted.base_layer, lora.REPACKS)
+    rollout = sample(model, *prompts(), engine=engine)
+    logps, _ = engine.completion_logps(model, rollout, temperature=1.0)
+    assert gradients(model, logps.sum())
+    layers = [m for m in model.modules() if isinstance(m, Repacking)]
+    assert len(layers) == 2 and not any(layer.packed for layer in layers)
+    assert all(getattr(layer, lora.REPACKS) is not ours for layer in layers)  # as it was, or off
+
+
+def test_a_layer_that_passes_no_gradient_cannot_be_adapted():
+    model = repacking_model()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]))  # repacks
+    assert model.model.layers[0].mlp.down_proj.packed
+    with pytest.raises(ValueError, match="no linear layer matches 'down_proj'"):
+        apply_lora(model, LoRAConfig(target_modules=["down_proj"]))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head"], ["lm_head", "q_proj"]])
 @pytest.mark.parametrize("use_dora", [False, True])
