@@ -1,8 +1,8 @@
 """LoRA from scratch: train a low-rank change of frozen weights.
 
-A linear layer computes W x. LoRA (Hu et al. 2021) freezes W and learns W + s·B A, with A (r, in),
-B (out, r) and r small. B starts at zero, so training starts exactly at the base model. And the base
-model stays one switch away: the reference policy of GRPO needs no second copy of the weights.
+A linear layer computes W x. LoRA (Hu et al. 2021) freezes W and uses W + s·B A: A (r, in) and B
+(out, r) are trained, r is small, s a constant. B starts at zero, so training starts at the base
+model, which stays one switch away: GRPO's reference policy needs no second copy of the weights.
 
     model = apply_lora(model, LoRAConfig(r=16, lora_alpha=32))   # in place; the rest is frozen
     with lora_disabled(model): ...                               # bit for bit the base model
@@ -91,13 +91,13 @@ class _Switchable(nn.Module):
 
 
 class LoRALinear(_Switchable):
-    """y = base(x) + s·B(A(dropout(x)))        s = α/r, or α/√r with use_rslora
+    """y = base(x) + s·B(A(dropout(x)))        s = α/r, or α/√r with use_rslora; α is lora_alpha
 
-    x (..., in) -> y (..., out). A (r, in) ~ U(±1/√in), B (out, r) = 0. The base layer is never
-    written to. Adapters are float32 on a half-precision base (float64 on a float64 one).
+    x (..., in) -> y (..., out). At first A (r, in) ~ U(±1/√in), B (out, r) = 0. The base layer is
+    never written to. Adapters are float32 on a half-precision base (float64 on a float64 one).
 
-    DoRA (Liu et al. 2024, eq. 5) trains the length m (out,) of each output row separately. m starts
-    as n = ‖W + s·B A‖, the rows' present lengths. n gets no gradient:
+    DoRA (Liu et al. 2024, eq. 5): y = (m/n)(W + s·B A) x + bias. n = ‖W + s·B A‖ (out,) are the
+    rows' lengths, without gradient; m starts as n and is trained. As a change of base(x):
 
         y = base(x) + (m/n - 1)(base(x) - bias) + (m/n) s·B(A(x))
 
@@ -131,7 +131,7 @@ class LoRALinear(_Switchable):
         nn.init.zeros_(B)
         if config.init_lora_weights == "pissa":
             W = dense_weight(self.base_layer)
-            # Meng et al. 2024. W = U S Vᵀ: A and B get the r largest directions, the rest stays
+            # Meng et al. 2024. W = U S Vᵀ: s·B A starts as its r largest terms; residual: the rest
             if r > min(W.shape):
                 raise ValueError(f"r = {r}, W is {tuple(W.shape)}: PiSSA needs r <= {min(W.shape)}")
             U, S, Vh = torch.linalg.svd(W.to(A.dtype), full_matrices=False)
@@ -204,8 +204,8 @@ def dense_weight(base: Any) -> Tensor:
         return base.weight.T if isinstance(base, Conv1D) else base.weight
     dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
     parts = torch.arange(base.in_features, device=base.weight.device).split(1024)
-    W = torch.cat([base(F.one_hot(i, base.in_features).to(dtype)) for i in parts])  # (in, out)
-    return (W if base.bias is None else W - base.bias).T
+    Wt = torch.cat([base(F.one_hot(i, base.in_features).to(dtype)) for i in parts])  # (in, out)
+    return (Wt if base.bias is None else Wt - base.bias).T
 
 
 class TrainedCopy(_Switchable):
@@ -235,7 +235,7 @@ def apply_lora(model: Any, config: LoRAConfig) -> Any:
 
 
 def make_adapters(model: Any, config: LoRAConfig, strict: bool = True) -> Adapters:
-    """The adapters that a config asks for, by module name. The model is not changed yet. strict:
+    """The adapters that a config asks for, by module name; they are not in the model yet. strict:
     every name in the config must match a module. (PEFT is content if one does.)"""
     modules, select = dict(model.named_modules()), partial(_select, strict=strict)
     if hasattr(model, "peft_config") or any(isinstance(m, _Switchable) for m in modules.values()):
@@ -252,7 +252,7 @@ def make_adapters(model: Any, config: LoRAConfig, strict: bool = True) -> Adapte
         linear = [n for n in linear if modules[n] is not model.get_output_embeddings()]
     keys, matches = ([wanted], _by_regex) if isinstance(wanted, str) else (wanted, _by_ending)
     none = f"target_modules: no linear layer{odd}"
-    targets = select(linear, keys, matches, none) or _select(linear, keys, matches, none)
+    targets = select(linear, keys, matches, none) or _select(linear, keys, matches, none)  # >= one
     ranks = select(targets, config.rank_pattern, _by_pattern, "rank_pattern: no adapted layer")
     alphas = select(targets, config.alpha_pattern, _by_pattern, "alpha_pattern: no adapted layer")
 
@@ -274,8 +274,8 @@ _by_pattern = lambda name, regex: re.fullmatch(rf"(.*\.)?({regex})", name)
 def _select(
     names: Collection[str], keys: Collection[str], matches: Any, nothing: str, strict: bool = True
 ) -> dict[str, str]:
-    """The names that match a key, in their own order -> the first key that each matches. strict:
-    raises ValueError for a key that matches nothing, with the names that there are."""
+    """name -> the first key that it matches, of the names that match one. strict: raises ValueError
+    for a key that matches no name; its message starts with `nothing`, and lists the names."""
     for key in keys if strict else ():
         if not any(matches(name, key) for name in names):
             there = {end for n in names if not (end := n.rpartition(".")[2]).isdigit()} - {""}
@@ -343,12 +343,12 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     """
 
     def refuse(gradient: Tensor) -> Tensor:
-        raise RuntimeError("backward inside lora_merged, which hides the adapter: leave it first")
+        raise RuntimeError("lora_merged hides the adapter: run forward and backward outside it")
 
     layers = [m for m in _adapters(model).values() if isinstance(m, LoRALinear)]
     with ExitStack() as stack:
         for layer in layers:
-            # hooks see gradients: weight's after a forward inside, B's after one made before
+            # weight's hook refuses backward of a forward made inside; B's, any backward made inside
             weight = layer.merged_weight().detach().requires_grad_()
             weight.register_hook(refuse)
             if layer.lora_B.weight.requires_grad:
@@ -358,7 +358,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
 
 
 class lora_snapshot:
-    """The policy as it is now, frozen, for `with snapshot(): ...`. tensors: all that is trained."""
+    """A frozen copy of the policy; `with snapshot(): ...` runs it. tensors: what is trained."""
 
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor] | None = None) -> None:
         self.model, named = model, model.named_parameters()
@@ -398,7 +398,7 @@ def merge_and_unload(model: Any) -> Any:
             base, weight = module.base_layer, module.merged_weight().detach()
             if not is_dense(base):  # it was quantised, and is no more
                 dense = nn.Linear(base.in_features, base.out_features, device="meta")
-                base, dense.bias = dense, base.bias
+                dense.bias, base = base.bias, dense
                 weight = weight.to(getattr(model, "dtype", weight.dtype))
             base.weight = nn.Parameter((weight.T if module.transposed else weight).contiguous())
             model.set_submodule(name, base)
@@ -413,7 +413,7 @@ def merge_and_unload(model: Any) -> Any:
     return model
 
 
-# ------------------------------------------------------------------------------- parameters, files
+# ------------------------------------------------ parameters, files (a first reading ends here)
 
 
 def param_groups(
@@ -467,7 +467,7 @@ def save_lora(model: Any, directory: str | Path) -> None:
     config |= {"base_model_name_or_path": base_name, **asdict(model.lora_config)}
     tensors = {k: v.detach().contiguous().cpu() for k, v in _file_tensors(adapters).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config, indent=2, default=lambda x: x.item()) + "\n"  # unsorted; x: NumPy's
+    text = json.dumps(config, indent=2, default=lambda x: x.item()) + "\n"  # x: NumPy's number
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")
 
 

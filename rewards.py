@@ -75,11 +75,11 @@ def _boxed(text: str) -> Iterator[str]:
         for brace in re.finditer(r"\\.|[{}]", content):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
-                yield content[: brace.start()]  # of nested ones the inner closes first
+                yield content[: brace.start()]  # an outer one, cut here, never closes
                 break
 
 
-# -------------------------------------------------------------------------------- comparing answers
+# ------------------------------------------------ comparing answers (skip the patterns at first)
 
 _REWRITES = [  # notations that do not change the meaning, one after the other
     (r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf))\s*\{([^{}]*)\}", r" \1 "),
@@ -118,12 +118,12 @@ _LONGEST = 1000  # characters; anything longer is compared as it stands, so that
 
 
 def canonical_answer(answer: Any) -> Fraction | str:
-    r"""What answers are compared by: an exact Fraction if the text is a number, else its parts.
+    r"""The form in which answers are compared: a Fraction if the text is a number, else a text.
 
     Numbers: 42, -3, 1,234, .5, 3/4, 1 1/2, 50% (= 1/2), 1e3, 2\times10^3, \frac12, 1\frac{1}{2}.
     ASCII digits only. Sets, tuples, intervals and matrices: element by element; sets in any order.
-    All else as it stands, but for notations that mean the same. White space counts between
-    letters and before a digit, and case but in words and choices (B is b, AB is not ab).
+    All else as it stands, but for notations that mean the same. White space counts between letters
+    and before a digit. Case counts, but not in yes, no, longer words and choices (B is b).
 
     >>> canonical_answer(r"$\frac{1}{2}$") == canonical_answer("50%") == Fraction(1, 2)
     True
@@ -153,14 +153,14 @@ def _value(match: re.Match[str]) -> str:
     value = bottom and Fraction(top) * Fraction(10) ** int(power or 0) / bottom
     mixed = (below or d) and top[0] != "0" and (above or len(top) != 3) and 0 < value < 1
     if not bottom or (whole and not mixed):
-        return match[0]  # 1 1/2 is a number, 1 200/300 is none, nor is 1/0
+        return match[0]  # 1 200/300 may be 1200/300: it stays text, as 1/0 does
     value = (int(whole or 0) + value) / (100 if percent else 1)
     return str(-value if sign == "-" else value)
 
 
 def answers_match(answer: Any, gold: Any) -> bool:
     """Whether two answers are surely equal, by canonical_answer. None equals nothing. A leading
-    "x =" counts only where both have one, and so does a unit after a number. An unpaired $ is one.
+    "x =", or a unit after a number, counts only if both have one. A $ alone is a unit.
 
     >>> answers_match("1,234.0", "1234"), answers_match("1", "12345"), answers_match(None, None)
     (True, False, False)
@@ -216,7 +216,7 @@ def math_verify_reward(prompts, completions, answer, **columns) -> Rewards:
     return [float(verify(g, f, timeout_seconds=limit)) if g else None for g, f in pairs]
 
 
-OPENED = re.compile(r"(?:<think>\s*(?:</think>\s*)?|<answer>\s*)?\Z")  # at the end of a prompt
+OPENED = re.compile(r"(?:<think>\s*(?:</think>\s*)?|<answer>\s*)?\Z")  # ends a prompt
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -245,8 +245,8 @@ def _lengths(completions: Any, completion_ids: Any) -> list[int]:
 
 
 def length_reward(prompts, completions, answer, completion_ids=None, **columns) -> Rewards:
-    """Shorter is better within a group: λ = 1/2 - (len - min)/(max - min); min(0, λ) if wrong.
-    0 where all are equally long; None where there is no gold answer. (Kimi k1.5, section 2.3.3)"""
+    """Shorter is better in a group (adjacent equal prompts): λ = 1/2 - (len - min)/(max - min),
+    min(0, λ) if wrong. 0 if all are equally long; None without a gold answer. (Kimi k1.5, 2.3.3)"""
     scores: list[float] = []
     rows = zip(prompts, _lengths(completions, completion_ids), strict=True)
     for _, group in itertools.groupby(rows, key=lambda row: row[0]):
@@ -323,7 +323,7 @@ def reward_name(function: Callable[..., Any]) -> str:
 
 
 def check_row(function: Callable[..., Any], row: Any) -> None:
-    """Raises ValueError for a row without what `function` asks for, or with a gold nothing fits."""
+    """Raises ValueError for a row that lacks what `function` asks for, or no answer can match."""
     given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
     given |= {"answer"} if "solution" in row else set()
     try:
@@ -375,6 +375,6 @@ def call_rewards(
 
 def finish(scores: Any) -> list[Any]:
     """Scores as a list: awaited if they are a coroutine, worked out if they are lazy."""
-    if inspect.iscoroutine(scores):  # in a thread of its own: a notebook's has a running loop
+    if inspect.iscoroutine(scores):  # in its own thread: a notebook's runs a loop already
         scores = ThreadPoolExecutor(1).submit(RUNNER.run, scores).result()
     return [scores] if isinstance(scores, dict | str) else list(scores)  # not keys, letters

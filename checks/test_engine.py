@@ -384,6 +384,8 @@ def test_a_quick_layer_says_as_a_plain_one_what_it_cannot_take():
             layer(x)
         said.append(str(error.value))
     assert said[0] == said[1]
+    with torch.no_grad(), fast.quick_products(layer), torch.autocast("cpu"):
+        assert layer(x.bfloat16()).dtype == torch.bfloat16  # a model may have a part of this kind
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 16), (5, 16), (16,), (0, 16)])  # (..., in); 8 outputs
