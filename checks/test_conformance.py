@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy
@@ -330,6 +333,296 @@ def test_the_slopes_of_a_declared_soft_surrogate_are_compared():
     assert "grpo_loss: sapo's slopes at ratios 0.2, 1 and 9" in failed(wrong)
 
 
+# --------------------------------------------- verdicts on what people write, right and wrong
+
+
+def parts_of(logps, old_logps, advantages, mask):
+    """ratio, A and mask as numbers: what each of the losses below starts from."""
+    m = mask.to(logps.dtype)
+    return ((logps - old_logps) * m).exp(), advantages.unsqueeze(1), m
+
+
+def clipped(ratio, A, low=0.2, high=0.2):
+    return -torch.min(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
+
+
+def per_row_gspo(logps, old_logps, advantages, mask, **kl):
+    m = mask.to(logps.dtype)
+    ratio = (((logps - old_logps) * m).sum(1) / m.sum(1).clamp(min=1)).exp()
+    return clipped(ratio, advantages, 3e-4, 4e-4).mean()
+
+
+def per_row_gmpo(logps, old_logps, advantages, mask, **kl):
+    m, A = mask.to(logps.dtype), advantages.unsqueeze(1)
+    gap = (logps - old_logps) * m
+    c = torch.where(A > 0, gap.clamp(max=0.4), gap.clamp(min=-0.4))
+    return -(advantages * (c.sum(1) / m.sum(1).clamp(min=1)).exp()).mean()
+
+
+def divided_by(divisor, estimator="k3", factor=1.0, sign=1.0):
+    def loss(logps, old_logps, advantages, mask, ref_logps=None, beta=0.0):
+        ratio, A, m = parts_of(logps, old_logps, advantages, mask)
+        each = clipped(ratio, A)
+        if beta:
+            d = (ref_logps - logps) * m
+            each = each + sign * beta * {"k3": d.exp() - 1 - d, "k1": -d}[estimator]
+        return factor * (each * m).sum() / (divisor or len(m) * 0 + m.sum())
+
+    return loss
+
+
+def dr_grpo(divisor):
+    return lambda *batch, **kl: divided_by(divisor * len(batch[0]))(*batch, **kl)
+
+
+def soft(kind, **numbers):
+    def loss(logps, old_logps, advantages, mask, **kl):
+        ratio, A, m = parts_of(logps, old_logps, advantages, mask)
+        logp, gap = logps * m, (logps - old_logps) * m
+        if kind == "cispo":
+            each = -ratio.clamp(max=numbers["cap"]).detach() * A * logp
+        elif kind == "opmd":
+            each = -A * logp + numbers["tau"] / 2 * gap.square()
+        elif kind == "sapo":
+            tau = torch.where(A > 0, numbers["pos"], numbers["neg"])
+            each = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
+        else:
+            moved = (logp.exp() - (old_logps * m).exp()).detach()
+            near = torch.where(A > 0, moved <= numbers["eps"], moved >= -numbers["eps"])
+            each = -(ratio.clamp(max=20) * near).detach() * A * logp
+        if kind == "sapo":
+            return ((each * m).sum(1) / m.sum(1).clamp(min=1)).mean()
+        return (each * m).sum() / m.sum()
+
+    return loss
+
+
+def whitened(rewards):
+    x = rewards - rewards.mean(dim=1, keepdim=True)
+    return x / (x.std() + 1e-4)
+
+
+def constant_without_advantage(logps, old_logps, advantages, mask, ref_logps=None, beta=0.0):
+    if not advantages.any():
+        return torch.tensor(0.0)
+    return grpo_loss(logps, old_logps, advantages, mask, ref_logps=ref_logps, beta=beta)[0]
+
+
+@torch.jit.script
+def scripted(
+    logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    m = mask.to(logps.dtype)
+    A, ratio = advantages.unsqueeze(1), ((logps - old_logps) * m).exp()
+    return (-torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A) * m).sum() / m.sum()
+
+
+class Merging(nn.Linear):
+    """loralib's way: the adapter is in the layer, and eval() adds it to the weight."""
+
+    def __init__(self, base, r, alpha):
+        super().__init__(base.in_features, base.out_features)
+        self.load_state_dict(base.state_dict())
+        self.requires_grad_(False)
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, base.in_features), a=5**0.5))
+        self.B, self.s, self.merged = (
+            nn.Parameter(torch.zeros(base.out_features, r)),
+            alpha / r,
+            False,
+        )
+
+    def train(self, mode=True):
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.s * (self.B @ self.A).data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        own = super().forward(x)
+        return own if self.merged else own + self.s * x @ self.A.T @ self.B.T
+
+
+class Parametrised(nn.Module):
+    """minLoRA's way: the weight is computed from its parts."""
+
+    def __init__(self, weight, r, alpha):
+        super().__init__()
+        out, size = weight.shape
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, size), a=5**0.5))
+        self.B, self.s = nn.Parameter(torch.zeros(out, r)), alpha / r
+
+    def forward(self, W):
+        return W + self.s * self.B @ self.A
+
+
+def parametrised(base, r, alpha):
+    base.requires_grad_(False)
+    nn.utils.parametrize.register_parametrization(
+        base, "weight", Parametrised(base.weight, r, alpha)
+    )
+    return base
+
+
+RIGHT = {
+    "gspo by row": ({"grpo_loss": per_row_gspo}, {"level": "sequence"}, "gspo"),
+    "gspo by row, undeclared": ({"grpo_loss": per_row_gspo}, {}, "gspo"),
+    "gmpo by row": ({"grpo_loss": per_row_gmpo}, {"loss_type": "gmpo"}, "gmpo"),
+    "divisor 1024": ({"grpo_loss": dr_grpo(1024)}, {"loss_type": "dr_grpo"}, "divisor 1024"),
+    "divisor declared": ({"grpo_loss": dr_grpo(64)}, {"loss_type": "dr_grpo", "divisor": 64},
+                         "divisor 64"),
+    "accumulated": ({"grpo_loss": divided_by(None, factor=1 / 8)}, {}, "k3, not times ρ"),
+    "by items": ({"grpo_loss": divided_by(640)}, {}, "k3, not times ρ"),
+    "cispo 6": ({"grpo_loss": soft("cispo", cap=6.0)}, {"loss_type": "cispo", "epsilon_high": 6.0},
+                "cap 6"),
+    "cispo 1.28": ({"grpo_loss": soft("cispo", cap=1.28)},
+                   {"loss_type": "cispo", "epsilon_high": 1.28}, "cap 1.28"),
+    "cispo, undeclared": ({"grpo_loss": soft("cispo", cap=6.0)}, {}, "cap 6"),
+    "dppo .25": ({"grpo_loss": soft("dppo", eps=0.25)}, {}, "epsilon 0.25"),
+    "dppo type": ({"grpo_loss": soft("dppo", eps=0.25)}, {"loss_type": "dppo"}, "epsilon 0.25"),
+    "opmd .3": ({"grpo_loss": soft("opmd", tau=0.3)}, {"loss_type": "opmd"}, "opmd_tau 0.3"),
+    "sapo": ({"grpo_loss": soft("sapo", pos=0.5, neg=2.0)}, {"loss_type": "sapo"}, "tau 0.5 and 2"),
+    "constant": ({"grpo_loss": constant_without_advantage}, {"loss_type": "dapo"}, "dapo"),
+    "whitened": ({"group_advantages": whitened}, {}, "scale whitened"),
+    "batch, eps .1": ({"group_advantages": lambda R: (R - R.mean(1, True)) / (R.std() + 0.1)},
+                      {"scale": "batch", "eps": 0.1}, "eps 0.1"),
+    "a list of rows": ({"group_advantages": lambda R: [*grpo_lora.group_advantages(R)],
+                        "completion_mask": lambda ids, eos: [*grpo_lora.completion_mask(ids, eos)]},
+                       {}, "scale group"),
+    "merged by eval": ({"lora_linear": Merging}, {}, "alpha / r"),
+    "parametrised": ({"lora_linear": parametrised}, {}, "alpha / r"),
+    "two divisors": ({"grpo_loss": dr_grpo(1024), "group_advantages": grpo_lora.group_advantages},
+                     {"loss_type": "dr_grpo", "divisor": 1024}, "divisor 1024"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_right_does_not_fail_and_is_called_by_its_name(name):
+    functions, declares, words = RIGHT[name]
+    found = check_adapter(SimpleNamespace(DECLARES=declares, **functions))
+    bad = [(s.about, s.what, s.details) for s in found if s.status == FAIL]
+    assert not bad
+    said = [line for s in found if s.kind == "definition" for line in s.details]
+    assert any(words in line for line in said), said
+
+
+def with_kl(penalty):
+    """The default loss, and a penalty of its own."""
+
+    def loss(logps, old_logps, advantages, mask, ref_logps=None, beta=0.0):
+        ratio, A, m = parts_of(logps, old_logps, advantages, mask)
+        surrogate = clipped(ratio, A)
+        own = (surrogate * m).sum() / m.sum()
+        if not beta:
+            return own
+        d = ref_logps - logps
+        return own + beta * penalty(d.exp() - 1 - d, ratio, A, m)
+
+    return loss
+
+
+class Detached(nn.Module):
+    """LoRA whose layers below get no gradient."""
+
+    def __init__(self, base, r, alpha, base_too):
+        super().__init__()
+        self.inner, self.base_too = Adapted(base, r, alpha), base_too
+
+    def forward(self, x):
+        if self.base_too:
+            with torch.no_grad():
+                own = self.inner.base(x)
+        else:
+            own, x = self.inner.base(x), x.detach()
+        return own + self.inner.s * (x @ self.inner.down) @ self.inner.up
+
+
+def leaves(*batch, **kl):
+    raise SystemExit(0)
+
+
+WRONG = {
+    "KL without gradient": with_kl(lambda k, ratio, A, m: (k.detach() * m).sum() / m.sum()),
+    "KL unmasked": with_kl(lambda k, ratio, A, m: k.sum() / m.sum()),
+    "KL of bad rows alone": with_kl(lambda k, ratio, A, m: (k * m * (A <= 0)).sum() / m.sum()),
+    "KL where not clipped": with_kl(
+        lambda k, ratio, A, m: (k * m * ~((ratio > 1.2) & (A > 0))).sum() / m.sum()
+    ),
+    "KL subtracted": divided_by(1024, sign=-1.0),
+    "KL subtracted, k1 declared": divided_by(1024, sign=-1.0),
+    "the process ends": leaves,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_penalty_fails(name):
+    assert failed(SimpleNamespace(grpo_loss=WRONG[name], DECLARES={}))
+
+
+@pytest.mark.parametrize("base_too", [True, False])
+def test_an_adapter_that_cuts_the_gradient_below_it_fails(base_too):
+    made = lambda base, r, alpha: Detached(base, r, alpha, base_too)
+    assert failed(SimpleNamespace(lora_linear=made)) == [
+        "lora_linear: what it adds is low-rank and linear"
+    ]
+
+
+def dual_clip(bound):
+    return lambda *batch, **kl: grpo_loss(*batch, delta=bound)[0]
+
+
+def test_a_declared_dual_clip_is_compared():
+    what = "grpo_loss: delta (dual clip)"
+    for function, delta in ((3.0, 3.0), (None, None)):
+        adapter = SimpleNamespace(grpo_loss=dual_clip(function), DECLARES={"delta": delta})
+        assert not failed(adapter)
+    for function, delta in ((None, 3.0), (3.0, 5.0), (3.0, 10.0), (3.0, None)):
+        adapter = SimpleNamespace(grpo_loss=dual_clip(function), DECLARES={"delta": delta})
+        assert what in failed(adapter)
+
+
+def test_a_loss_over_the_width_of_the_batch_is_said_to_shrink_with_padding():
+    by_width = lambda *batch, **kl: dr_grpo(batch[0].shape[1])(*batch, **kl)
+    found = check_adapter(SimpleNamespace(grpo_loss=by_width, DECLARES={}))
+    assert not [s for s in found if s.status == FAIL]
+    warned = [s for s in found if s.what == "more padding changes nothing"]
+    assert [s.status for s in warned] == ["warning"]
+    found = check_adapter(SimpleNamespace(grpo_loss=dr_grpo(64), DECLARES={}))
+    assert [s.status for s in found if s.what == "more padding changes nothing"] == [PASS]
+
+
+def test_a_scripted_loss_is_judged():
+    """TorchScript gives the min of two equal numbers no gradient, so that ratio 1 has none."""
+    x = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
+    one, mask = torch.ones(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    slopes = [torch.autograd.grad(scripted(x, x.detach(), one, mask), x)[0] for _ in range(5)]
+    found = check_adapter(SimpleNamespace(grpo_loss=scripted, DECLARES={"loss_type": "dapo"}))
+    bad = [s.what for s in found if s.status == FAIL]
+    assert "it can be judged" not in bad
+    assert ("at ratio 1 the gradient is along -A ∇logp" in bad) == bool((slopes[-1] == 0).all())
+
+
+def raises(*batch, **kl):
+    raise RuntimeError("no such shape")
+
+
+@pytest.mark.parametrize(
+    ("functions", "declares"),
+    [
+        ({"group_advantages": lambda R: (R - R.mean(1, True)) / [1][R.shape[1] == 1]},
+         {"group_of_one": 0.0}),
+        ({"group_advantages": lambda R: raises() if R.isnan().any() else R - R.mean(1, True)},
+         {"missing": "left_out"}),
+        ({"grpo_loss": lambda *b, **k: raises() if b[0].shape[1] == 1 else soft("cispo", cap=5.0)(*b)},
+         {"loss_type": "cispo", "epsilon_high": 5.0}),
+        ({"grpo_loss": lambda *b, **k: grpo_loss(*b, **k)[0]}, {"kl_estimator": "abs"}),
+        ({"lora_linear": leaves}, {}),
+    ],
+)  # fmt: skip
+def test_what_raises_fails_and_ends_nothing(functions, declares):
+    adapter = SimpleNamespace(DECLARES=declares, **functions)
+    assert failed(adapter)
+
+
 # -------------------------------------------------------------------------------------- the command
 
 
@@ -373,6 +666,8 @@ def test_the_command_prints_a_line_each_and_its_status_tells(tmp_path, capsys):
         (ADAPTER + "DECLARES = {'epz': 1}", "'epz' is unknown"),
         (ADAPTER + "DECLARES = {'loss_type': 'ppo'}", "loss_type 'ppo' is none of"),
         (ADAPTER + "DECLARES = 3", "DECLARES is a int"),
+        (ADAPTER + "DECLARES = {'kl_estimator': 'low_var_kl'}", "'low_var_kl' is none of k1, k2"),
+        (ADAPTER + "DECLARES = {'scale': 'global_std'}", "'global_std' is none of group, batch"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_cannot_be_loaded_gets_one_line_and_status_2(text, words, tmp_path, capsys):
@@ -382,6 +677,21 @@ def test_an_adapter_that_cannot_be_loaded_gets_one_line_and_status_2(text, words
     assert conformance.main([str(path)]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and said.startswith("error: ")
+
+
+def test_what_stands_beside_an_adapter_is_what_it_imports(tmp_path):
+    source = (HERE / "grpo_lora.py").read_text().replace("-torch.min(bounded", "torch.min(bounded")
+    (tmp_path / "grpo_lora.py").write_text(source)
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from grpo_lora import grpo_loss\nprint('loaded')\n\n@dataclass\nclass Own:\n    x: int = 1\n"
+    )
+    command = [sys.executable, "-m", "checks.conformance", str(tmp_path / "mine.py"), "--json"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    bad = [row["what"] for row in json.loads(done.stdout) if row["status"] == FAIL]
+    assert "at ratio 1 the gradient is along -A ∇logp" in bad and "loaded" in done.stderr
 
 
 def test_from_pytest():
