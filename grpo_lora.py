@@ -45,8 +45,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, get_scheduler
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lora import LoRALinear, default_reference, lora_merged, lora_snapshot, param_groups, save_lora
-from lora import check_choice, check_settings, naming, setting
+from lora import LoRALinear, default_reference, lora_disabled, lora_merged, lora_snapshot
+from lora import check_choice, check_settings, naming, param_groups, save_lora, setting
 from rewards import OPENED, call_rewards, check_row, reward_function, reward_name
 
 # ---------------------------------------------------------------------------------- the objective
@@ -423,7 +423,7 @@ class Rollout:
         take = lambda x: x.unflatten(0, (-1, self.num_generations))[prompts].flatten(0, 1)  # (b, T)
         ids, mask, logps = map(take, (self.completion_ids, self.completion_mask, self.logps))
         L = int(self.prompt_mask[prompts].sum(dim=1).max())
-        T = max(1, int(mask.sum(dim=1).max()))
+        T = max(1, int((mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
         prompt = self.prompt_ids[prompts, -L:], self.prompt_mask[prompts, -L:]
         return Rollout(*prompt, ids[:, :T], mask[:, :T], logps[:, :T])
 
@@ -450,8 +450,7 @@ class GRPOTrainer:
     (None: the functions below). reference: a callable that returns a context manager, within which
     the model is the reference policy (None: see lora.default_reference). callbacks: called in order
     after each batch, and a first evaluation, with the trainer and the metrics, to which they may
-    add; before training `begin`, if one has it. A Record is last. Raises ValueError, in one line,
-    for what cannot work.
+    add; before training `begin`, if one has it. A Record is last. What cannot work: ValueError.
     """
 
     step = 0  # optimiser updates made
@@ -575,9 +574,8 @@ class GRPOTrainer:
     @torch.no_grad()
     def micro_batches(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
         """This process's groups, sorted by length to save padding; with reference log-probs if
-        beta > 0. advantages: (P·processes, G), of all. A group with none but 0 is skipped
-        (N still counts it), unless a KL, opmd's square, a quantile of entropies or sharding needs
-        its forward."""
+        beta > 0. advantages: (P·processes, G), of all. A group with none but 0 is skipped, unless
+        a setting needs its forward; N still counts it."""
         args, G, P = self.args, rollout.num_generations, len(rollout.prompt_ids)
         advantages = advantages.to(rollout.logps)[self.rank * P :][:P]  # this process's groups
         every = args.beta or args.loss_type == "opmd" or args.top_entropy_quantile < 1
@@ -640,9 +638,8 @@ class GRPOTrainer:
         """Run to max_steps, the last whole batch by update `until`, or `stop`. Returns metrics."""
         args, n, metrics = self.args, self.args.num_iterations, dict[str, Any]()
         self.end = end = min(args.max_steps, args.max_steps if until is None else until) // n * n
-        for callback in self.callbacks:
-            if hasattr(callback, "begin"):
-                callback.begin(self)
+        for begin in [callback.begin for callback in self.callbacks if hasattr(callback, "begin")]:
+            begin(self)
         if self.eval_dataset and self.step == 0:
             metrics = {"step": 0, **self.evaluate()}
             for callback in self.callbacks:
@@ -690,11 +687,10 @@ class GRPOTrainer:
     def batch(self, index: int) -> list[dict[str, Any]]:
         """This process's prompts of batch `index`. Each epoch's order comes from the seed alone."""
         n, size = len(self.train_dataset), self.args.prompts_per_step
-        places = range(index * size, (index + 1) * size)
-        seeded = lambda epoch: torch.Generator().manual_seed(self.args.seed + epoch)
-        order = lambda epoch: torch.randperm(n, generator=seeded(epoch), device="cpu")
-        orders = {e: order(e) for e in {i // n for i in places}}
-        return self.share([self.train_dataset[int(orders[i // n][i % n])] for i in places])
+        at = range(index * size, (index + 1) * size)
+        rng = lambda epoch: torch.Generator().manual_seed(self.args.seed + epoch)
+        order = {e: torch.randperm(n, generator=rng(e), device="cpu") for e in {i // n for i in at}}
+        return self.share([self.train_dataset[int(order[i // n][i % n])] for i in at])
 
     def share(self, rows: Rows) -> Rows:
         """This process's part of some rows. Where they do not divide, the last one is repeated."""
@@ -790,6 +786,8 @@ class GRPOTrainer:
             raise ValueError("the model has no trainable parameter: call apply_lora first")
         if any(p.dtype == torch.float16 for p in self.params.values()):  # AdamW's eps is 0 there
             raise ValueError("float16 parameters cannot be trained: load them as float32")
+        if any(p.dtype == torch.bfloat16 for p in self.params.values()):
+            warnings.warn("bfloat16 parameters round small updates away: use float32", stacklevel=2)
         self.device = next(iter(self.params.values())).device
         dropout = [m for name, m in model.named_modules() if "lora_dropout" in name]
         if args.num_iterations > 1 and any(getattr(m, "p", 0) > 0 for m in dropout):
@@ -828,6 +826,8 @@ class GRPOTrainer:
             parameter.copy_(state["trainable"][name].view_as(parameter))
         if state["reference"] is not None:
             self.reference = lora_snapshot(self.model, state["reference"])
+        elif isinstance(self.reference, lora_snapshot):  # of an adapter that was trained already
+            self.reference = lambda: lora_disabled(self.model)
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 

@@ -455,8 +455,8 @@ def _file_tensors(adapters: Adapters) -> dict[str, Tensor]:
 
 
 def save_lora(model: Any, directory: str | Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, in PEFT's format. Any other model
-    (peft's, or one trained in full) is saved by its own library."""
+    """Write adapter_model.safetensors and adapter_config.json, in PEFT's format: the adapter, and
+    nothing else that is trained. A model without one of ours is saved by its own library."""
     if not hasattr(model, "lora_config"):
         return model.save_pretrained(directory)
     directory, adapters = Path(directory), _adapters(getattr(model, "_orig_mod", model))

@@ -259,7 +259,7 @@ GALLERY = [
     # A batch follows from its number, so no position is saved. The patch forgets the number.
     Bug(24, "resuming at the start of the data",
         "allenai/open-instruct#1523", "grpo_lora.py",
-        "orders[i // n][i % n]", "orders[i // n][(i - index * size) % n]",
+        "order[i // n][i % n]", "order[i // n][(i - index * size) % n]",
         "test_data_order_is_a_permutation_each_epoch_and_a_function_of_the_seed"),
     Bug(25, "the base model as reference of a continued adapter",
         "huggingface/trl#4723", "lora.py",
@@ -692,6 +692,19 @@ GALLERY = [
         "this project", "lora.py",
         "torch.autograd.grad(y.sum(), x)", "pass",
         "test_a_layer_that_passes_no_gradient_cannot_be_adapted"),
+    Bug(118, "a row is cut to as many tokens as its mask has, so that a hole loses its end",
+        "this project", "grpo_lora.py",
+        "int((mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max())",
+        "int(mask.sum(dim=1).max())",
+        "test_a_mask_with_holes_keeps_what_comes_after_them"),
+    Bug(119, "a state is loaded, and the reference is the adapter as it was saved, not the base",
+        "this project", "grpo_lora.py",
+        "elif isinstance(self.reference, lora_snapshot):", "elif False:",
+        "test_a_state_brings_its_reference_to_a_trainer_of_an_adapter_that_was_trained"),
+    Bug(120, "bfloat16 parameters are trained, and nearly every update is rounded away unsaid",
+        "this project", "grpo_lora.py",
+        "if any(p.dtype == torch.bfloat16 for p in self.params.values()):", "if False:",
+        "test_training_bfloat16_parameters_is_warned_of_and_adapters_on_them_are_not"),
 ]
 # fmt: on
 

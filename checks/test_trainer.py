@@ -53,6 +53,7 @@ from test_training import (
     ROWS,
     TOKENIZER,
     VOCAB,
+    adapters_of,
     digits,
     gradients,
     lines,
@@ -251,6 +252,40 @@ def test_a_half_precision_base_trains_under_activation_checkpointing(engine):
     model = with_adapters(tiny_model(dtype=torch.bfloat16), random=False)
     t = trainer(model, engine=engine, gradient_checkpointing=True)
     assert update(t)["grad_norm"] > 0
+
+
+def test_a_state_brings_its_reference_to_a_trainer_of_an_adapter_that_was_trained(tmp_path):
+    """The reference of a fresh adapter is the base: no snapshot of the adapter as it was loaded."""
+    first = trainer(with_adapters(tiny_model(), random=False), beta=0.5, max_steps=4)
+    first.train(until=2)
+    save_lora(first.model, tmp_path)
+    second = trainer(load_lora(tiny_model(), tmp_path), beta=0.5, max_steps=4)
+    second.load_state_dict(first.state_dict())
+    last = [t.train() for t in (first, second)]
+    assert last[0]["kl"] == last[1]["kl"] > 0
+    torch.testing.assert_close(*(adapters_of(t.model) for t in (first, second)), rtol=0, atol=0)
+
+
+def test_a_mask_with_holes_keeps_what_comes_after_them():
+    model = with_adapters(tiny_model())
+    rollout = sample(model, *prompts(), eos_token_ids=[])
+    rollout.completion_mask[:, 1:3] = False  # what a tool wrote, say
+    rollout.completion_mask[:3, -1] = False
+    for prompt, T in (
+        (0, rollout.completion_ids.shape[1] - 1),
+        (1, rollout.completion_ids.shape[1]),
+    ):
+        part, rows = rollout.select([prompt]), slice(3 * prompt, 3 * prompt + 3)
+        assert torch.equal(part.completion_mask, rollout.completion_mask[rows, :T])
+        assert torch.equal(part.completion_ids, rollout.completion_ids[rows, :T])
+
+
+def test_training_bfloat16_parameters_is_warned_of_and_adapters_on_them_are_not():
+    with pytest.warns(UserWarning, match="bfloat16 parameters round small updates away"):
+        trainer(tiny_model(dtype=torch.bfloat16).requires_grad_(True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer(with_adapters(tiny_model(dtype=torch.bfloat16), random=False))
 
 
 class Repacking(nn.Module):
