@@ -338,7 +338,7 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
      "self.rank > 0 or None", "self.rank > 0 and None"): "whether there is a progress bar",
     ('for index in tqdm(range(self.step // n, end // n), "GRPO", disable=self.rank > 0 or None):',
      "0", "1"): "whether there is a progress bar",
-    ("seeded = lambda epoch: torch.Generator().manual_seed(self.args.seed + epoch)",
+    ("rng = lambda epoch: torch.Generator().manual_seed(self.args.seed + epoch)",
      "self.args.seed + epoch", "self.args.seed - epoch"): "another order of the rows",
     ('transformers.set_seed((int.from_bytes(digest[:4], "big") + self.rank) % 2**32)',
      "4", "5"): "which bytes of a digest",
