@@ -673,7 +673,7 @@ GALLERY = [
         "test_a_checkpoint_that_was_moved_away_and_linked_to_is_unlinked_when_it_is_old"),
     Bug(114, "the head is run to see whether it is trained, and draws other dropout for the loss",
         "this project", "runner/fast.py",
-        "self.logits(hidden[:0].detach())", "self.logits(hidden[:1].detach())",
+        "with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):", "if True:",
         "test_the_engine_has_the_plain_gradients_with_dropout_and_checkpointing"),
     Bug(115, "a layer that oneDNN multiplies is computed again in the backward pass by other means",
         "this project", "runner/fast.py",

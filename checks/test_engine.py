@@ -547,7 +547,7 @@ def test_merged_layers_have_quick_products_with_their_bias_and_their_parts_none(
         on = up(x)
         with fast.quick_products(model, pack):
             assert quick() == {up, plain}
-            assert (up.forward.keywords["packed"] is not None) == pack
+            assert (up.forward.args[-1] is not None) == pack
             torch.testing.assert_close(up(x), on)
         assert not quick()
         with lora_disabled(model):
@@ -560,9 +560,7 @@ def test_merged_layers_have_quick_products_with_their_bias_and_their_parts_none(
 @torch.no_grad()
 def test_a_rollout_packs_weights_and_scoring_does_not(monkeypatch):
     packed, product = [], fast.linear
-    note = lambda *x, packed_=packed, **k: (
-        packed_.append(k["packed"] is not None) or product(*x, **k)
-    )
+    note = lambda x, w, b, p: packed.append(p is not None) or product(x, w, b, p)
     monkeypatch.setattr(fast, "linear", note)
     model = with_adapters(tiny_model())
     rollout = sample(model, *prompts(), engine=fast)
@@ -570,6 +568,71 @@ def test_a_rollout_packs_weights_and_scoring_does_not(monkeypatch):
     packed.clear()
     fast.completion_logps(model, rollout, temperature=1.0)
     assert packed and not any(packed)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16), (3, 16), (16,)])
+def test_what_a_quick_layer_returns_may_be_written_to(shape):
+    layer, x = nn.Linear(16, 8).requires_grad_(False), torch.randn(shape)
+    found = []
+    for quick in (contextlib.nullcontext(), fast.quick_products(layer)):
+        mine = x.clone().requires_grad_()
+        with quick:
+            y = layer(input=mine)
+        y.clamp_(-0.1, 0.1).sum().backward()
+        found.append((y.detach(), mine.grad))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+def test_a_weight_that_is_made_anew_for_each_forward_is_never_an_old_one():
+    found = []
+    for engine in (grpo_lora, fast):
+        torch.manual_seed(0)
+        model = tiny_model().requires_grad_(True)
+        nn.utils.weight_norm(model.model.layers[0].mlp.up_proj)
+        t = trainer(model, engine=engine)
+        metrics = [update(t) for _ in range(2)]
+        found.append((metrics[1]["loss"], [s["completion"] for s in t.samples]))
+    assert found[0][1] == found[1][1] and found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_switched_off_within_a_merged_rollout_is_off():
+    model = with_adapters(tiny_model())
+    x, layer = torch.randn(3, 32), model.model.layers[0].self_attn.q_proj
+    with lora_merged(model), fast.quick_products(model, pack=True):
+        assert "forward" in vars(layer)
+        with lora_disabled(model):
+            assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_a_backward_pass_through_merged_weights_is_refused_by_the_engine_too():
+    model = with_adapters(tiny_model(), modules_to_save=["norm"])
+    rollout = sample(model, *prompts())
+    with lora_merged(model):
+        logps, _ = fast.completion_logps(model, rollout, temperature=1.0)
+    with pytest.raises(RuntimeError, match="lora_merged hides the adapter"):
+        logps.sum().backward()
+
+
+def test_a_bias_or_a_weight_that_does_not_lie_in_a_row_is_left_to_torch():
+    strided, wide = nn.Linear(16, 8), nn.Linear(16, 8)
+    strided.bias = nn.Parameter(torch.randn(24)[::3])
+    wide.bias = nn.Parameter(torch.randn(1, 8))
+    sparse = nn.Linear(16, 8, bias=False)
+    sparse.weight = nn.Parameter(torch.eye(8, 16).to_sparse_csr(), requires_grad=False)
+    model = nn.ModuleList([strided, wide, sparse]).requires_grad_(False)
+    with torch.no_grad(), fast.quick_products(model):
+        assert not [m for m in model if "forward" in vars(m)]
+
+
+def test_a_hook_on_the_head_sees_at_least_one_state_and_no_dropout_is_drawn_for_the_question():
+    model, rows = with_adapters(tiny_model()), []
+    model.lm_head.register_forward_hook(lambda m, args, out: rows.append(out.shape[-2]))
+    rollout = sample(model, *prompts())
+    rows.clear()
+    fast.completion_logps(model, rollout, temperature=1.0)
+    assert rows and min(rows) > 0
 
 
 def test_a_head_that_alone_is_trained_gets_its_gradient():

@@ -30,6 +30,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -67,6 +68,8 @@ def prepare() -> None:
     ask for again, page by page, at each update. transformers' attention on a CPU leaves it to torch
     that query heads share keys, instead of copying the keys for each of them."""
     os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "0" if torch.cuda.is_available() else "1")
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")  # oneDNN's kernels, one a shape; else 1024 of them
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a libc other than glibc
             for option, size in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_ and M_MMAP_THRESHOLD
@@ -106,8 +109,9 @@ class FastLM(CausalLM):
     def token_logps(
         self, hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and self.logits(hidden[:0].detach()).requires_grad:
-            # the head is trained. It runs again in the backward pass, and there as it did here
+        with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):  # it may drop out
+            trained = torch.is_grad_enabled() and self.logits(hidden[:1].detach()).requires_grad
+        if trained:  # the head runs again in the backward pass, and there as it did here
             with patch.object(LoRALinear, "_down", plain_down):
                 return super().token_logps(hidden, targets, temperature, chunk_size)
         with quick_products(self.core):  # the head's
@@ -326,7 +330,7 @@ MANY = 2**16  # weights of a layer; with fewer the longer call costs more than i
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + bias by oneDNN: x (..., in), W (out, in), bias (out,) -> (..., out). Only x has a
+    """x Wᵀ + bias by oneDNN: x (n, in), W (out, in), bias (out,) -> (n, out). Only x has a
     gradient."""
 
     @staticmethod
@@ -338,6 +342,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         return _Product.forward(grad, weight.T, None), None, None
@@ -346,7 +351,11 @@ class _Product(torch.autograd.Function):
 def by_onednn(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` may take these: dense, many, in float32 on a CPU (an x86: others were not
     tried), and not trained."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.numel() < MANY:
+    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
+        return False
+    if weight.numel() < MANY or weight.dim() != 2:
+        return False
+    if bias is not None and not (bias.is_contiguous() and bias.shape == weight.shape[:1]):
         return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (weight, bias)):
         return False
@@ -365,7 +374,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None
     if x.dtype != torch.float32:
         return F.linear(x, weight, bias)  # which says what is wrong
     product = _Product.apply if torch.is_grad_enabled() else _Product.forward
-    return product(x, weight if packed is None else packed, bias)
+    rows = x.reshape(-1, x.shape[-1])  # oneDNN would return a view, which nothing may write to
+    return product(rows, weight if packed is None else packed, bias).view(
+        *x.shape[:-1], len(weight)
+    )
+
+
+def quick_forward(
+    m: Any, held: str, weight: Tensor, bias: Tensor | None, packed: Tensor | None, input: Tensor
+) -> Tensor:
+    """The forward of a layer by `linear`, as long as `weight` is what it holds: an optimiser, a
+    hook or a parametrisation may put another one there."""
+    if getattr(m, held) is weight and not vars(m).get("disabled"):
+        return linear(input, weight, bias, packed)
+    return type(m).forward(m, input)
 
 
 @contextmanager
@@ -373,22 +395,22 @@ def quick_products(model: nn.Module, pack: bool = False) -> Iterator[None]:
     """Within it linear layers, and adapted ones while they are merged, go through `linear`. pack:
     with packed weights, which have no backward pass. A compiled model is left alone, as it would be
     compiled again for each new forward."""
-    layers: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+    layers: dict[nn.Module, tuple[str, Tensor, Tensor | None]] = {}
     merged: set[nn.Module] = set()  # the parts of merged layers, which these do not call
     compiled = any(m._compiled_call_impl or "_orig_mod" in m._modules for m in model.modules())
     for m in model.modules() if not compiled else ():
         if isinstance(m, LoRALinear) and m.merged is not None and not m.disabled:
             merged.update(m.children())
             if is_dense(m.base_layer):  # else merged has a dtype of its own
-                layers[m] = m.merged.detach(), m.base_layer.bias
+                layers[m] = "merged", m.merged, m.base_layer.bias
         elif type(m) is nn.Linear and m not in merged:
-            layers[m] = m.weight, m.bias
+            layers[m] = "weight", m.weight, m.bias
     # a layer with a forward of its own has a hook or a patch there
-    layers = {m: wb for m, wb in layers.items() if by_onednn(*wb) and "forward" not in vars(m)}
+    layers = {m: x for m, x in layers.items() if by_onednn(*x[1:]) and "forward" not in vars(m)}
     try:
-        for m, (weight, bias) in layers.items():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight) if pack else None
-            m.forward = functools.partial(linear, weight=weight, bias=bias, packed=packed)
+        for m, (held, weight, bias) in layers.items():
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach()) if pack else None
+            m.forward = functools.partial(quick_forward, m, held, weight, bias, packed)
         yield
     finally:
         for m in layers:
