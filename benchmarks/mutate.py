@@ -427,6 +427,12 @@ EQUIVALENT = {  # (source line without its comment, was, is) -> why nothing can 
      "use_cache=False", "dropped"): "the stub has no cache",
     ('fixed = getattr(self.core, "_can_compile_fullgraph", False)',
      "False", "True"): "all models have it",
+    ("trained = torch.is_grad_enabled() and self.logits(hidden[:1].detach()).requires_grad",
+     "torch.is_grad_enabled() and self.logits(hidden[:1].detach()).requires_grad",
+     "torch.is_grad_enabled() or self.logits(hidden[:1].detach()).requires_grad"):
+        "for a frozen head both ways give the same",
+    ("trained = torch.is_grad_enabled() and self.logits(hidden[:1].detach()).requires_grad",
+     "1", "2"): "one state or two tell alike whether the head is trained",
     ("end = past + key_states.shape[-2]",
      "-2", "2"): "axis 2 of the four of a key is axis -2",
     ("buffer[:, :, -self.room :] = 0",

@@ -525,7 +525,11 @@ def test_malloc_is_told_to_keep_memory_and_attention_to_share_keys(monkeypatch):
         monkeypatch.delenv(share)
         monkeypatch.setattr(fast.sys, "platform", platform)
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        caches = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+        for name in caches:
+            monkeypatch.delenv(name, raising=False)
         fast.prepare.__wrapped__()
+        assert [os.environ[name] for name in caches] == ["64", "64"]
         assert os.environ[share] == ("0" if gpu else "1")
         # M_TRIM_THRESHOLD at its largest, and M_MMAP_THRESHOLD of 32 MiB
         assert told == ([(-1, 2**31 - 1), (-3, 2**25)] if platform == "linux" else [])
