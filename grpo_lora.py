@@ -172,10 +172,10 @@ def grpo_loss(
         l = -min(ρ A, clip(ρ, 1-ε, 1+ε₊) A) + β KL    the surrogate, and the KL's part
         L = the sum of l / N                          N: how many tokens are in the mask
 
-    old_logp is a constant, logp before the batch's first update. So at first ρ = 1, and
-    ∇ρ = ρ ∇logp = ∇logp: the surrogate has the gradient -A ∇logp. Later it has none where ρ > 1+ε₊
-    and A > 0, or ρ < 1-ε and A < 0. ε is epsilon, ε₊ epsilon_high (None: ε), β beta. KL is
-    kl_penalty, times ρ if use_bias_correction_kl.
+    old_logp is a constant, logp before the batch's first update. So at first ρ is 1, and
+    ∇ρ = ρ ∇logp = ∇logp: the surrogate has the gradient -A ∇logp. Later it has none where
+    ρ > 1+ε₊ and A > 0, or ρ < 1-ε and A < 0. ε is epsilon, ε₊ epsilon_high (None: ε), β
+    beta. KL is kl_penalty, times ρ if use_bias_correction_kl.
 
     logps, old_logps, ref_logps: (B, T), nats; only logps carries gradients. advantages: (B,). mask:
     (B, T) bool, see completion_mask; what lies outside has no influence, even NaN. token_weights:

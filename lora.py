@@ -91,13 +91,13 @@ class _Switchable(nn.Module):
 
 
 class LoRALinear(_Switchable):
-    """y = base(x) + s·B(A(dropout(x)))        s = α/r, or α/√r with use_rslora; α is lora_alpha
+    """y = base(x) + s·B(A(dropout(x)))    s = α/r, or α/√r with use_rslora; α is lora_alpha
 
-    x (..., in) -> y (..., out). At first A (r, in) ~ U(±1/√in), B (out, r) = 0. The base layer is
-    never written to. Adapters are float32 on a half-precision base (float64 on a float64 one).
+    x (..., in) -> y (..., out). At first A (r, in) ~ U(±1/√in), B (out, r) = 0. The base layer
+    is never written to. Adapters are float32 on a half-precision base (float64 on a float64 one).
 
-    DoRA (Liu et al. 2024, eq. 5): y = (m/n)(W + s·B A) x + bias. n = ‖W + s·B A‖ (out,) are the
-    rows' lengths, without gradient; m starts as n and is trained. As a change of base(x):
+    DoRA (Liu et al. 2024, eq. 5): y = (m/n)(W + s·B A) x + bias. n = ‖W + s·B A‖ (out,) are
+    the rows' lengths, without gradient; m starts as n and is trained. As a change of base(x):
 
         y = base(x) + (m/n - 1)(base(x) - bias) + (m/n) s·B(A(x))
 
@@ -131,7 +131,7 @@ class LoRALinear(_Switchable):
         nn.init.zeros_(B)
         if config.init_lora_weights == "pissa":
             W = dense_weight(self.base_layer)
-            # Meng et al. 2024. W = U S Vᵀ: s·B A starts as its r largest terms; residual: the rest
+            # Meng et al. 2024. W = U S Vᵀ: s·B A starts as its r largest terms; the rest stays
             if r > min(W.shape):
                 raise ValueError(f"r = {r}, W is {tuple(W.shape)}: PiSSA needs r <= {min(W.shape)}")
             U, S, Vh = torch.linalg.svd(W.to(A.dtype), full_matrices=False)

@@ -246,7 +246,7 @@ def _lengths(completions: Any, completion_ids: Any) -> list[int]:
 
 def length_reward(prompts, completions, answer, completion_ids=None, **columns) -> Rewards:
     """Shorter is better in a group (adjacent equal prompts): λ = 1/2 - (len - min)/(max - min),
-    min(0, λ) if wrong. 0 if all are equally long; None without a gold answer. (Kimi k1.5, 2.3.3)"""
+    min(0, λ) if wrong. 0 if all have one length; None without a gold answer. (Kimi k1.5, 2.3.3)"""
     scores: list[float] = []
     rows = zip(prompts, _lengths(completions, completion_ids), strict=True)
     for _, group in itertools.groupby(rows, key=lambda row: row[0]):
