@@ -51,8 +51,7 @@ class LoRAConfig:
 
     r: int = setting(8, "Rank of the update B A.", at_least=1)
     lora_alpha: float = setting(8, "The update is scaled by s = lora_alpha / r.", above=0)
-    lora_dropout: float = setting(0.0, "Dropout on the adapter's input, in training only.",
-                                  at_least=0, below=1)
+    lora_dropout: float = setting(0.0, "Dropout of its input, in training.", at_least=0, below=1)
     # "all-linear" is every linear layer but the output head
     target_modules: str | list[str] = setting("all-linear", "'all-linear', a regex, or names.")
     modules_to_save: list[str] | None = setting(None, "Modules of which a full copy is trained.")
@@ -252,7 +251,7 @@ def make_adapters(model: Any, config: LoRAConfig, strict: bool = True) -> Adapte
         linear = [n for n in linear if modules[n] is not model.get_output_embeddings()]
     keys, matches = ([wanted], _by_regex) if isinstance(wanted, str) else (wanted, _by_ending)
     none = f"target_modules: no linear layer{odd}"
-    targets = select(linear, keys, matches, none) or _select(linear, keys, matches, none)  # >= one
+    targets = select(linear, keys, matches, none) or _select(linear, keys, matches, none)
     ranks = select(targets, config.rank_pattern, _by_pattern, "rank_pattern: no adapted layer")
     alphas = select(targets, config.alpha_pattern, _by_pattern, "alpha_pattern: no adapted layer")
 
@@ -503,7 +502,8 @@ def read_lora_config(directory: str | Path) -> LoRAConfig:
     file = Path(directory) / "adapter_config.json"
     with naming(f"{file}: cannot be read as JSON", OSError, ValueError):
         raw = json.loads(file.read_text(encoding="utf-8"))
-    if (found := raw.get("peft_type") if isinstance(raw, dict) else None) != "LORA":
+    found = raw.get("peft_type") if isinstance(raw, dict) else None
+    if found != "LORA":
         raise ValueError(f"{file}: peft_type is {found!r}; only 'LORA' adapters can be loaded")
     ours = {f.name for f in fields(LoRAConfig)}
     for key, value in raw.items():

@@ -765,9 +765,10 @@ def nearest_definition(loss: Loss, declares: dict[str, Any]) -> tuple[dict[str, 
             (right,) = torch.autograd.grad(loss_of_d, x)
         far = float((slope - right).abs().max() / right.abs().max().clamp(min=1e-9))
         size = max(abs(wanted), float(right.abs().sum()))
-        off = abs(value - wanted) / max(size, 1e-9)
-        # what a row without tokens adds is a constant: -A where there is one ratio a row
-        return far if i == 3 else max(far, off)
+        off = abs(value - wanted)
+        if i == 3:  # with one ratio a row, 1 of a row without tokens, that row adds -A to the sum
+            off = min(off, abs(value - wanted + float(A[2]) / len(A)))
+        return max(far, off / max(size, 1e-9))
 
     # by the batch that tells most; where that alone is further than the best, so are all others
     first = [distance(d, 2) for d in some or every]
